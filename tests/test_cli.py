@@ -1,0 +1,203 @@
+"""Proves that the command line takes every setting, that what it prints is true, and that a mistake costs nothing: each ends
+with one line that names the thing, a status that is not 0, and neither a picture sampled nor a file written."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddpo
+import rewards
+
+
+def failure(capsys, *argv):
+    """The message with which `main` ends."""
+    with pytest.raises(SystemExit) as end:
+        ddpo.main([str(a) for a in argv])
+    err = capsys.readouterr().err + (end.value.code if isinstance(end.value.code, str) else "")
+    assert end.value.code not in (0, None)
+    assert err.count("error:") == 1 and "Traceback" not in err
+    return err[err.index("ddpo.py: error:") :].removesuffix("\n")
+
+
+@pytest.fixture
+def nothing_happens(tmp_path, monkeypatch):
+    """An empty folder to stand in, which must stay empty, and a sampler that must not be called."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(ddpo, "rollout", lambda *a, **k: pytest.fail("sampled before the mistake was found"))
+    yield tmp_path
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+MISTAKES = [
+    ("--no-such-flag 1", "--no-such-flag"),
+    ("--epoch 3", "--epoch"),  # no abbreviations: a typing error must not set something else
+    ("--lr fast", "--lr.*'fast'"),
+    ("--lr -1", "--lr must be more than 0"),
+    ("--lr nan", "--lr must be a finite float"),
+    ("--lr inf", "--lr must be a finite float"),
+    ("--eta 0", "--eta must be more than 0"),
+    ("--epochs 0", "--epochs must be at least 1"),
+    ("--epochs -2", "--epochs must be at least 1"),
+    ("--epochs 1.5", "--epochs.*'1.5'"),
+    ("--guidance-scale -1", "--guidance-scale must be at least 0"),
+    ("--precision fp8", "--precision must be one of auto, fp32, bf16, fp16"),
+    ("--objective ppo", "--objective must be one of clipped, reinforce"),
+    ("--objective reinforce --updates-per-epoch 4", "--updates-per-epoch 1"),
+    ("--images-per-epoch 10 --updates-per-epoch 4", "--images-per-epoch.* multiple of --updates-per-epoch"),
+    ("--reward beauty", "--reward beauty.* compressibility, incompressibility"),
+    ("--device tpu", "--device tpu: not on this machine; it has.*cpu"),
+    ("--steps 1001", "--steps 1001: the model knows 1000 timesteps"),
+    ("--prompts gone.txt", "--prompts gone.txt"),
+    ("--prompts .", "--prompts .: neither 'animals' nor a readable text file"),
+]
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES, ids=[flags for flags, _ in MISTAKES])
+def test_a_mistake_costs_nothing(flags, message, tiny_model, capsys, nothing_happens):
+    line = failure(capsys, "--model", tiny_model, *flags.split())
+    assert re.search(message, line) and "\n" not in line
+
+
+@pytest.mark.parametrize("content, message", [(b"\n  \n\n", "holds no prompt"), (b"\xff\xfe\x00cat", "readable text file")])
+def test_a_prompt_file_of_no_use(content, message, tiny_model, capsys, nothing_happens):
+    path = nothing_happens / "prompts.txt"
+    path.write_bytes(content)
+    line = failure(capsys, "--model", tiny_model, "--prompts", path)
+    assert f"--prompts {path}" in line and message in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (None, "no such folder"),
+        ({}, "no complete pipeline"),
+        ({"model_index.json": "not json"}, "no complete pipeline"),
+        ({"model_index.json": '{"_class_name": "StableDiffusionXLPipeline"}'}, "is a StableDiffusionXLPipeline"),
+        ({"model_index.json": '{"_class_name": "StableDiffusionPipeline", "unet": [1, 2]}'}, "no complete pipeline"),
+    ],
+    ids=["no folder", "empty folder", "not json", "another pipeline", "half a pipeline"],
+)
+def test_a_model_folder_of_no_use(index, message, capsys, nothing_happens):
+    folder = nothing_happens / "model"
+    if index is not None:
+        folder.mkdir()
+        for name, text in index.items():
+            (folder / name).write_text(text)
+    line = failure(capsys, "--model", folder)
+    assert f"--model {folder}" in line and message in line and "\n" not in line
+
+
+def test_a_hub_that_does_not_answer(capsys, nothing_happens, monkeypatch):
+    def load_config(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub.\nMore advice on a second line.")
+
+    monkeypatch.setattr(ddpo.DiffusionPipeline, "load_config", load_config)
+    line = failure(capsys, "--model", "someone/something")
+    assert "--model someone/something" in line and "couldn't connect" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("text", ["{not json", '{"step": 7}', '{"steps": "many"}'])
+def test_a_broken_ddpo_json(text, capsys, nothing_happens):
+    folder = nothing_happens / "model"
+    folder.mkdir()
+    (folder / "ddpo.json").write_text(text)
+    line = failure(capsys, "--model", folder)
+    assert re.search("ddpo.json|steps", line) and "\n" not in line
+
+
+def test_a_run_is_never_written_over(tiny_model, capsys, nothing_happens):
+    run = nothing_happens / "run"
+    run.mkdir()
+    (run / "config.json").write_text("mine")
+    line = failure(capsys, "--model", tiny_model, "--out", run)
+    assert f"--out {run}" in line and "\n" not in line
+    assert [p.name for p in run.iterdir()] == ["config.json"] and (run / "config.json").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written(tiny_model, capsys, nothing_happens):
+    (nothing_happens / "file").write_text("")
+    line = failure(capsys, "--model", tiny_model, "--out", nothing_happens / "file")
+    assert f"--out {nothing_happens / 'file'}" in line and "\n" not in line
+
+
+BAD_REWARDS = {
+    "nan": (lambda images, prompts: [float("nan") if p == "bee" else 0.0 for p in prompts], "nan for the prompt 'bee'"),
+    "one number": (lambda images, prompts: images.mean(), r"shape \(\) for \d+ images"),
+    "a column": (lambda images, prompts: images.mean((1, 2, 3))[:, None], r"shape \(\d+, 1\) for \d+ images"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REWARDS)
+def test_a_reward_that_breaks_its_contract(name, tiny_model, tmp_path, capsys, monkeypatch):
+    function, message = BAD_REWARDS[name]
+    monkeypatch.setitem(rewards.REWARDS, "mine", function)
+    (tmp_path / "prompts.txt").write_text("cat\nbee\n")
+    flags = f"--reward mine --prompts {tmp_path / 'prompts.txt'} --out {tmp_path / 'run'} --steps 2 --device cpu"
+    line = failure(capsys, "--model", tiny_model, *flags.split())
+    assert re.search(f"reward mine returned {message}", line) and "\n" not in line
+
+
+def test_every_setting_is_a_flag_and_help_tells_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as end:
+        ddpo.parse(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for f in dataclasses.fields(ddpo.Settings):
+        shown = re.search(rf"^  --{f.name.replace('_', '-')} {f.type.__name__.upper()}\s+(.*)$", text, re.MULTILINE)
+        assert shown and shown[1] == f"{f.metadata['help']} (default: {f.default!r})", f.name
+
+
+def test_every_flag_arrives():
+    given = {"objective": "clipped", "precision": "bf16", "seed": 3}
+    for f in dataclasses.fields(ddpo.Settings):
+        given.setdefault(f.name, f"some-{f.name}" if f.type is str else f.default * 2)
+    argv = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    assert dataclasses.asdict(ddpo.parse(argv)) == given
+
+
+def test_a_whole_number_is_a_float_too():
+    settings = ddpo.parse(["--lr", "1", "--eta", "1"])
+    assert (settings.lr, settings.eta) == (1.0, 1.0) and type(settings.lr) is float
+    assert type(ddpo.Settings(lr=1).lr) is float
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ddpo.parse([]).lr = 1.0
+
+
+def test_the_model_brings_its_own_defaults_and_flags_override_them(tmp_path):
+    (tmp_path / "ddpo.json").write_text(json.dumps({"steps": 7, "lr": 1, "updates_per_epoch": 2}))
+    settings = ddpo.parse(["--model", str(tmp_path), "--steps", "9"])
+    assert (settings.steps, settings.lr, settings.updates_per_epoch) == (9, 1.0, 2)
+    assert settings.eta == ddpo.Settings.eta
+    assert ddpo.parse(["--model", str(tmp_path), "--objective", "reinforce"]).updates_per_epoch == 1  # its 2 is for clipped
+
+
+def run_script(*argv, cwd):
+    command, env = [sys.executable, Path(ddpo.__file__).resolve(), *argv], {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_as_a_script_a_mistake_is_one_line_and_a_status(tiny_model, tmp_path):
+    done = run_script("--model", tiny_model, "--reward", "beauty", cwd=tmp_path)
+    assert done.returncode not in (0, None) and done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert errors == [done.stderr.splitlines()[-1]] and "beauty" in errors[0] and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_script_it_trains(tiny_model, tmp_path):
+    flags = "--epochs 1 --steps 2 --images-per-epoch 4 --grid-images 2 --device cpu"
+    done = run_script("--model", tiny_model, *flags.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/compressibility/pytorch_lora_weights.safetensors").exists()
+    assert "8 (image, step) pairs, 4 updates" in done.stdout and "same prompts and noise" in done.stdout

@@ -1,0 +1,113 @@
+"""Proves that both objectives follow the gradient of the expected reward, by comparing them with closed forms, and that
+the clip stops a pair only once its ratio has left the range in the direction that its advantage favours."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch.distributions import Normal
+
+import ddpo
+from ddpo import clipped_loss, reinforce_loss
+
+
+def test_at_the_old_parameters_both_objectives_have_the_same_gradient():
+    generator = torch.Generator().manual_seed(0)
+    logp, adv = torch.randn(2, 50, generator=generator)
+    logp.requires_grad_()
+    (clipped,) = torch.autograd.grad(clipped_loss(logp, logp.detach(), adv, 1e-4).sum(), logp)
+    (reinforce,) = torch.autograd.grad(reinforce_loss(logp, adv).sum(), logp)
+    assert torch.equal(clipped, reinforce) and torch.equal(clipped, -adv)
+
+
+@pytest.mark.parametrize(
+    "adv, ratio, loss, pulls",
+    [
+        (+2.0, 0.8, -1.6, True),  # good, but less likely than before: pull it back up
+        (+2.0, 1.05, -2.1, True),  # good, within the range
+        (+2.0, 1.3, -2.2, False),  # good, already favoured enough
+        (-2.0, 1.3, +2.6, True),  # bad, but more likely than before: push it down
+        (-2.0, 0.95, +1.9, True),  # bad, within the range
+        (-2.0, 0.7, +1.8, False),  # bad, already suppressed enough
+        (0.0, 1.3, 0.0, False),
+    ],
+)
+def test_clip_cuts_only_what_the_advantage_already_favours(adv, ratio, loss, pulls):
+    logp = torch.tensor([-1.0 + math.log(ratio)], requires_grad=True)
+    value = clipped_loss(logp, torch.tensor([-1.0]), torch.tensor([adv]), clip_range=0.1)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss, abs=1e-6)
+    assert logp.grad.item() == pytest.approx(-adv * ratio if pulls else 0, abs=1e-6)
+
+
+# A policy N(theta, STD^2) with the reward -(x - GOAL)^2 expects -(theta - GOAL)^2 - STD^2, whose gradient is -2 (theta - GOAL).
+THETA, STD, GOAL = 0.3, 0.7, 1.0
+
+
+def gaussian_gradient(objective, theta_old, n=200_000):
+    """Mean and standard error of the gradient that samples from theta_old give at THETA."""
+    x = theta_old + STD * torch.randn(n, generator=torch.Generator().manual_seed(0))
+    theta = torch.full((n,), THETA, requires_grad=True)  # a copy for each sample, to see each one's gradient
+    logp, logp_old, reward = Normal(theta, STD).log_prob(x), Normal(theta_old, STD).log_prob(x), -((x - GOAL) ** 2)
+    loss = clipped_loss(logp, logp_old, reward, clip_range=1e6) if objective == "clipped" else reinforce_loss(logp, reward)
+    (grad,) = torch.autograd.grad(-loss.sum(), theta)
+    return grad.mean().item(), grad.std().item() / n**0.5
+
+
+@pytest.mark.parametrize("objective, theta_old", [("clipped", THETA), ("clipped", THETA - 0.4), ("reinforce", THETA)])
+def test_gradient_is_unbiased(objective, theta_old):
+    mean, error = gaussian_gradient(objective, theta_old)
+    assert abs(mean - -2 * (THETA - GOAL)) < 4 * error < 0.1
+
+
+def test_reinforce_is_biased_on_stale_samples():
+    """Why it takes one update an epoch, and why the clipped objective has a ratio."""
+    mean, error = gaussian_gradient("reinforce", THETA - 0.4)
+    assert abs(mean - -2 * (THETA - GOAL)) > 20 * error
+
+
+class OneNumberPolicy:
+    """Denoises a single pixel, and always believes that the clean one is theta."""
+
+    def __init__(self):
+        last_step_is_random = {"set_alpha_to_one": False, "steps_offset": 1}
+        self.scheduler = DDIMScheduler(6, 0.2, 0.5, clip_sample=False, prediction_type="sample", **last_step_is_random)
+        self.scheduler.set_timesteps(3)
+        self.device, self.latent_shape, self.lora = torch.device("cpu"), (1, 1, 1), [torch.tensor([THETA], requires_grad=True)]
+
+    def encode(self, prompts):
+        return torch.zeros(len(prompts), 2, 1, 1)
+
+    def predict(self, x_t, t, cond):
+        return self.lora[0].expand_as(x_t)
+
+    def expected_x_0(self, theta):
+        """x_0 is linear in the noise, so its mean is the path without noise: diffusers' steps from 0."""
+        x = torch.zeros(1)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(torch.tensor([theta]), int(t), x, 1.0, variance_noise=torch.zeros(1))[0]
+        return x.item()
+
+
+@pytest.mark.parametrize("objective", ["clipped", "reinforce"])
+def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective):
+    """The whole chain, sampled by `rollout` and learned from by `update`, against the closed form: the mean of x_0 is linear
+    in theta and its variance does not depend on it. `update` averages over the steps, so it gives a T-th of the gradient."""
+    settings = SimpleNamespace(eta=1.0, updates_per_epoch=1, micro_batch=9999, objective=objective, clip_range=0.1, grad_clip=1e9)
+    generator, grads = torch.Generator().manual_seed(0), []
+    for _ in range(50):
+        policy = OneNumberPolicy()
+        optimizer = torch.optim.SGD(policy.lora, lr=1.0)
+        x, logp = ddpo.rollout(policy, [""] * 4000, settings.eta, generator)
+        reward = -((x[:, -1].flatten() - GOAL) ** 2)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        ddpo.update(policy, optimizer, scaler, (x, logp, policy.encode([""] * 4000), reward), settings, generator)
+        grads.append(policy.lora[0].item() - THETA)  # what gradient ascent with a learning rate of 1 added
+    at, slope = policy.expected_x_0(THETA), policy.expected_x_0(1.0) - policy.expected_x_0(0.0)
+    expected = -2 * (at - GOAL) * slope / len(policy.scheduler.timesteps)
+    grads = torch.tensor(grads)
+    error = grads.std().item() / len(grads) ** 0.5
+    assert error < abs(expected) / 15, "the test would not notice a wrong gradient"
+    assert abs(grads.mean().item() - expected) < 4 * error

@@ -1,0 +1,226 @@
+"""Proves that the pipeline samples and learns as one policy: the same guidance on both sides, a ratio of exactly 1 before an
+update, a gradient that the micro-batch does not change, each (image, step) pair learned from once, deterministic steps never."""
+
+import pytest
+import torch
+from conftest import make_policy, save_tiny_pipeline, tiny_unet
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+
+import ddpo
+
+PROMPTS = ["cat", "dog", "bee", "cat", "fox", "ant"]
+ADV = torch.tensor([1.0, -0.5, 0.3, -2.0, 0.7, 0.0])
+
+
+def sampled(policy, settings, seed=0):
+    """What `update` learns from."""
+    x, logp_old, _ = ddpo.sample(policy, PROMPTS, settings, torch.Generator().manual_seed(seed))
+    return x, logp_old, policy.encode(PROMPTS), ADV
+
+
+def run_update(policy, settings, samples, lr=0.01, seed=0):
+    """One `update` with plain gradient descent; returns its metrics and by how much the weights moved."""
+    before = [p.detach().clone() for p in policy.lora]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    generator = torch.Generator().manual_seed(seed)
+    metrics = ddpo.update(policy, torch.optim.SGD(policy.lora, lr), scaler, samples, settings, generator)
+    return metrics, torch.cat([(b - p.detach()).flatten() for b, p in zip(before, policy.lora)])
+
+
+# ---------------------------------------------------------------- the ratio
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("precision, allowed", [("fp32", 1e-6), ("bf16", 2e-4)])
+def test_ratio_is_one_before_an_update(tiny_model, guidance, precision, allowed):
+    """Sampled in batches of 4 and 2 images, learned in batches of 5 pairs: only rounding may differ."""
+    policy, settings = make_policy(
+        tiny_model, lora_scale=0.5, guidance_scale=guidance, precision=precision, sample_batch=4, clip_range=allowed
+    )
+    assert {p.dtype for p in policy.lora} == {torch.float32}
+    samples = sampled(policy, settings)
+    before, _ = run_update(policy, settings, samples, lr=5.0)
+    after, _ = run_update(policy, settings, samples)
+    assert before["ratio_error"] <= allowed and before["clip_fraction"] == 0
+    assert after["ratio_error"] > 10 * allowed and after["clip_fraction"] > 0, "the update moved nothing"
+
+
+def test_dropout_is_off(tmp_path):
+    unet = tiny_unet(dropout=0.5).train()
+    policy, settings = make_policy(save_tiny_pipeline(tmp_path / "model", unet))
+    assert run_update(policy, settings, sampled(policy, settings))[0]["ratio_error"] <= 1e-6
+
+
+# ---------------------------------------------------------------- encode, predict, decode
+
+
+def some_latents(policy):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(6, *policy.latent_shape, generator=generator), torch.tensor([1, 251, 501, 751, 1, 999])
+
+
+def one_pass(policy, x_t, t, prompts):
+    """The network alone, on embeddings that diffusers made."""
+    return policy.unet(x_t, t, policy.pipe.encode_prompt(prompts, "cpu", 1, False)[0]).sample
+
+
+@torch.no_grad()
+def test_guidance_combines_two_passes(tiny_model):
+    policy, _ = make_policy(tiny_model, guidance_scale=7.5)
+    x_t, t = some_latents(policy)
+    uncond, conditional = one_pass(policy, x_t, t, [""] * 6), one_pass(policy, x_t, t, PROMPTS)
+    assert (uncond - conditional).abs().max() > 1e-3
+    expected = 7.5 * conditional - 6.5 * uncond
+    torch.testing.assert_close(policy.predict(x_t, t, policy.encode(PROMPTS)), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_without_guidance_there_is_one_conditional_pass(tiny_model, guidance):
+    policy, _ = make_policy(tiny_model, guidance_scale=guidance)
+    x_t, t = some_latents(policy)
+    expected, rows = one_pass(policy, x_t, t, PROMPTS), []
+    policy.unet.register_forward_pre_hook(lambda unet, args: rows.append(len(args[0])))
+    torch.testing.assert_close(policy.predict(x_t, t, policy.encode(PROMPTS)), expected, rtol=1e-4, atol=1e-6)
+    assert rows == [6]
+
+
+@torch.no_grad()
+def test_decode_is_diffusers_and_stays_in_range(tiny_model):
+    policy, _ = make_policy(tiny_model)
+    x_0 = 10 * torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    images, pipe = policy.decode(x_0), policy.pipe
+    expected = pipe.image_processor.postprocess(pipe.vae.decode(x_0 / pipe.vae.config.scaling_factor)[0], output_type="pt")
+    torch.testing.assert_close(images, expected)
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32
+    assert images.min() == 0 and images.max() == 1, "nothing was out of range, so the clamp was not tested"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_does_not_cost_a_level_of_grey(tiny_model, precision):
+    """bf16 has 8 bits, so a network in it cannot tell 256 levels apart; a reward like the JPEG's size would see the steps."""
+    x_0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact, rounded = (make_policy(tiny_model, precision=p)[0].decode(x_0) for p in ("fp32", precision))
+    assert rounded.dtype == torch.float32 and (rounded - exact).abs().max() < 1 / 255
+
+
+# ---------------------------------------------------------------- the scheduler
+
+
+@pytest.mark.parametrize("other", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
+def test_a_scheduler_that_knows_no_clipping_is_not_clipped(tiny_model, tmp_path, other):
+    """DDIMScheduler clips by default, which is right for pixels and ruins latents, whose values go beyond 1."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipe.scheduler = other(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    pipe.save_pretrained(tmp_path)
+    policy, _ = make_policy(tmp_path)
+    unclipped = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    unclipped.set_timesteps(4)
+    t, x_t = unclipped.timesteps[:1], torch.full((1, 4, 8, 8), 3.0)
+    expected = unclipped.step(torch.zeros_like(x_t), int(t), x_t, eta=0.0)[0]
+    torch.testing.assert_close(ddpo.ddim_mean_std(policy.scheduler, torch.zeros_like(x_t), t, x_t, 0.0)[0], expected)
+    assert expected.min() > 3, "clipping would not have shown"
+
+
+# ---------------------------------------------------------------- update
+
+
+def test_update_descends_the_mean_loss_whatever_the_micro_batch(tiny_model):
+    """The reference is autograd on all pairs at once, with the objective written out."""
+    policy, settings = make_policy(tiny_model, objective="clipped", clip_range=0.01)
+    x, logp_old, cond, adv = sampled(policy, settings)
+    logp_old += 0.02 * torch.randn(logp_old.shape, generator=torch.Generator().manual_seed(1))  # ratios in and out of the range
+
+    logps = []
+    for j, t in enumerate(policy.scheduler.timesteps):
+        t = t.expand(len(x))
+        logps.append(ddpo.ddim_step(policy.scheduler, policy.predict(x[:, j], t, cond), t, x[:, j], x_prev=x[:, j + 1])[1])
+    ratio = (torch.stack(logps, 1) - logp_old).exp()
+    objective = torch.minimum(adv[:, None] * ratio, adv[:, None] * ratio.clip(0.99, 1.01)).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(-objective, policy.lora)])
+    start = [p.detach().clone() for p in policy.lora]
+
+    for micro_batch in (1, 3, 7, 24):
+        for p, s in zip(policy.lora, start):
+            p.data.copy_(s)
+        same = ddpo.dataclasses.replace(settings, micro_batch=micro_batch)
+        metrics, moved = run_update(policy, same, (x, logp_old, cond, adv), lr=1.0)
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+        assert metrics["loss"] == pytest.approx(-objective.item(), abs=1e-6)
+        assert metrics["clip_fraction"] == pytest.approx(((ratio - 1).abs() > 0.01).float().mean().item())
+        assert metrics["approx_kl"] == pytest.approx((ratio.log() ** 2 / 2).mean().item(), rel=1e-3)
+        assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
+    assert expected.abs().max() > 1e-3 and 0.2 < ((ratio - 1).abs() > 0.01).float().mean() < 0.9
+
+
+def test_the_gradient_is_clipped_and_reported_unclipped(tiny_model):
+    policy, settings = make_policy(tiny_model, grad_clip=1e-3)
+    metrics, moved = run_update(policy, settings, sampled(policy, settings), lr=1.0)
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2) and metrics["grad_norm"] > 5e-3
+
+
+def test_every_pair_is_learned_from_once_and_an_image_in_one_share(tiny_model, monkeypatch):
+    policy, settings = make_policy(tiny_model, updates_per_epoch=3)
+    samples = sampled(policy, settings)
+    x, seen, share = samples[0], [], 0
+    predict, timesteps = policy.predict, policy.scheduler.timesteps.tolist()
+
+    def watch(x_t, t, cond):
+        for latent, at in zip(x_t, t.tolist()):
+            j = timesteps.index(at)
+            seen.append((share, [torch.equal(latent, row) for row in x[:, j]].index(True), j))
+        return predict(x_t, t, cond)
+
+    def next_share():
+        nonlocal share
+        share += 1
+
+    monkeypatch.setattr(policy, "predict", watch)
+    ddpo.update(policy, torch.optim.SGD(policy.lora, 0.01), torch.amp.GradScaler("cpu", enabled=False), samples, settings,
+                torch.Generator().manual_seed(0), next_share)  # fmt: skip
+    assert sorted((i, j) for _, i, j in seen) == [(i, j) for i in range(6) for j in range(4)]
+    shares = [{i for s, i, _ in seen if s == k} for k in range(3)]
+    assert share == 3 and [len(s) for s in shares] == [2, 2, 2] and set.union(*shares) == set(range(6))
+    assert shares != [{0, 1}, {2, 3}, {4, 5}], "the images were not shuffled"
+
+
+def test_deterministic_steps_are_never_trained_on(tmp_path):
+    model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)
+    results = []
+    for corrupt in (False, True):
+        policy, settings = make_policy(model)
+        x, logp_old, cond, adv = sampled(policy, settings)
+        assert (logp_old[:, -1] == 0).all() and (logp_old[:, :-1] != 0).all()
+        if corrupt:
+            logp_old[:, -1], x[:, -1] = -100.0, float("nan")
+        results.append(run_update(policy, settings, (x, logp_old, cond, adv), lr=1.0))
+    (metrics, moved), (metrics_corrupt, moved_corrupt) = results
+    assert metrics == metrics_corrupt and torch.equal(moved, moved_corrupt) and moved.abs().max() > 0
+
+
+def test_nothing_to_learn_from_is_said(tmp_path):
+    policy, settings = make_policy(save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True), steps=1)
+    with pytest.raises(ddpo.UserError, match="more --steps"):
+        run_update(policy, settings, sampled(policy, settings))
+
+
+# ---------------------------------------------------------------- sample, score
+
+
+def test_a_trajectory_is_a_chain_of_scored_steps(tiny_model):
+    policy, settings = make_policy(tiny_model, sample_batch=4)
+    x, logp, images = ddpo.sample(policy, PROMPTS, settings, torch.Generator().manual_seed(0))
+    assert x.shape == (6, 5, 4, 8, 8) and logp.shape == (6, 4) and images.shape == (6, 3, 16, 16)
+    torch.testing.assert_close(images, policy.decode(x[:, -1]), rtol=0, atol=1e-5)
+    cond = policy.encode(PROMPTS)
+    for image in range(6):  # prompts, latents and log-probabilities belong together across batches
+        for step, t in enumerate(policy.scheduler.timesteps):
+            x_t, x_prev, c = x[image : image + 1, step], x[image : image + 1, step + 1], cond[image : image + 1]
+            again = ddpo.ddim_step(policy.scheduler, policy.predict(x_t, t[None], c), t[None], x_t, x_prev=x_prev)[1]
+            torch.testing.assert_close(again, logp[image, step][None], rtol=1e-5, atol=1e-5)

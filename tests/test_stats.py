@@ -1,0 +1,78 @@
+"""Proves that the advantages are (reward - mean) / std over the last rewards of the same prompt, or over the batch while
+a prompt is young, whatever type the rewards have, and that they survive a save."""
+
+import random
+import statistics
+
+import pytest
+import torch
+
+from ddpo import PromptStats
+
+
+def plain_advantages(history, prompts, rewards, buffer_size, min_count):
+    """The same in the plainest Python: `history` keeps everything."""
+    for prompt, reward in zip(prompts, rewards):
+        history.setdefault(prompt, []).append(reward)
+    advantages = []
+    for prompt, reward in zip(prompts, rewards):
+        past = history[prompt][-buffer_size:]
+        if len(past) < min_count:
+            past = rewards
+        advantages.append((reward - statistics.fmean(past)) / (statistics.pstdev(past) + 1e-6))
+    return advantages
+
+
+@pytest.mark.parametrize("buffer_size, min_count", [(32, 16), (5, 3), (4, 4), (8, 1)])
+def test_several_rounds_against_plain_python(buffer_size, min_count):
+    rng, stats, history = random.Random(0), PromptStats(buffer_size, min_count), {}
+    for _ in range(12):
+        prompts = rng.choices(["cat", "dog", "bee", "a rare one"], weights=[6, 6, 6, 1], k=12)  # the rare one stays young
+        rewards = [rng.gauss(len(p), 2.0) for p in prompts]
+        ours = stats.advantages(prompts, torch.tensor(rewards, dtype=torch.float64))
+        expected = plain_advantages(history, prompts, rewards, buffer_size, min_count)
+        torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-5)
+    assert max(map(len, history.values())) > buffer_size, "no buffer overflowed"
+
+
+def test_an_easy_prompt_does_not_outshine_a_hard_one():
+    """The reason for statistics of each prompt: after enough rewards, only what is better than usual for a prompt counts."""
+    prompts, rewards = ["easy", "easy", "hard", "hard"], [101.0, 99.0, 2.0, 0.0]
+    stats = PromptStats(buffer_size=8, min_count=4)
+    young, old = stats.advantages(prompts, rewards), stats.advantages(prompts, rewards)
+    assert young[1] > young[2]
+    torch.testing.assert_close(old, torch.tensor([1.0, -1.0, 1.0, -1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64])
+def test_any_type_of_reward_gives_float32_advantages(dtype):
+    prompts, rewards = ["cat"] * 4, [1, 2, 3, 5]
+    adv = PromptStats().advantages(prompts, torch.tensor(rewards, dtype=dtype))
+    assert adv.dtype == torch.float32
+    expected = [(r - 2.75) / statistics.pstdev(rewards) for r in rewards]  # not whole numbers: -1.18, -0.51, 0.17, 1.52
+    torch.testing.assert_close(adv, torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("min_count", [1, 100])
+def test_constant_rewards_give_advantage_zero(min_count):
+    assert (PromptStats(32, min_count).advantages(["cat", "cat", "dog"], torch.full((3,), 7.1)) == 0).all()
+
+
+def test_state_survives_a_save():
+    prompts, generator = ["cat", "dog", "cat", "cat"], torch.Generator().manual_seed(0)
+    stats, restored, fresh = (PromptStats(5, 3) for _ in range(3))
+    stats.advantages(prompts, torch.randn(4, generator=generator))
+    state = stats.state_dict()
+    later = torch.randn(3, 4, generator=generator)
+    expected = [stats.advantages(prompts, r) for r in later]  # goes on after the state was taken, and overflows
+    restored.load_state_dict(state)
+    assert torch.equal(torch.stack([restored.advantages(prompts, r) for r in later]), torch.stack(expected))
+    assert not torch.equal(fresh.advantages(prompts, later[0]), expected[0])
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()])
+def test_rewards_of_the_wrong_shape_are_refused(shape):
+    stats = PromptStats()
+    with pytest.raises(ValueError, match=r"3 prompts need rewards of shape \(3,\)"):
+        stats.advantages(["cat", "dog", "bee"], torch.zeros(shape))
+    assert stats.state_dict() == {}, "a refused batch must leave no trace"
