@@ -36,8 +36,10 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on packages that nothing here needs
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -81,8 +83,8 @@ class Settings:
     images_per_epoch: int = option(64, "images sampled in an epoch (the paper: 256)", least=2)
     steps: int = option(20, "denoising steps of an image (the paper: 50)", least=1)
     guidance_scale: float = option(5.0, "classifier-free guidance, in sampling and training; none at 1 or below", least=0)
-    eta: float = option(1.0, "noise in a DDIM step: 1 is DDPM's, 0 none (and nothing to learn from)", above=0)
-    sample_batch: int = option(8, "images sampled at once; changes speed and memory only", least=1)
+    eta: float = option(1.0, "noise in a DDIM step: 1 is DDPM's; at 0 there would be nothing to learn from", above=0)
+    sample_batch: int = option(8, "images sampled at once: speed and memory (and which noise an image gets)", least=1)
     # learning
     objective: str = option("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)", choices=("clipped", "reinforce"))
     updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on its own share of the images", least=1)
@@ -117,6 +119,10 @@ class Settings:
                 raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
         if self.objective == "reinforce" and self.updates_per_epoch != 1:
             raise UserError("--objective reinforce needs fresh samples for every update: use --updates-per-epoch 1")
+        if self.eta > 1:
+            raise UserError(f"--eta must be at most 1, not {self.eta}")
+        if self.stats_min_count > self.stats_buffer:
+            raise UserError(f"--stats-min-count {self.stats_min_count} is never reached: --stats-buffer is {self.stats_buffer}")
         if self.images_per_epoch % self.updates_per_epoch:
             raise UserError(f"--images-per-epoch must be a multiple of --updates-per-epoch, {self.updates_per_epoch}")
 
@@ -125,9 +131,9 @@ def make_settings(flags):
     """Settings from the dataclass, the model folder's own `ddpo.json` and `flags`, the later ones overriding the earlier."""
     own = model_path(flags.get("model", Settings.model)) / "ddpo.json"
     try:
-        values = {**(json.loads(own.read_text()) if own.is_file() else {}), **flags}
-    except ValueError as error:
-        raise UserError(f"{own} is not valid json: {error}") from None
+        values = {**dict(json.loads(own.read_text()) if own.is_file() else {}), **flags}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{own} must be a json object of settings: {error}") from None
     if unknown := values.keys() - {f.name for f in dataclasses.fields(Settings)}:
         raise UserError(f"{own}: there is no setting named {', '.join(sorted(unknown))}")
     if values.get("objective") == "reinforce":
@@ -155,7 +161,7 @@ def load_prompts(name):
 def pick_device(name):
     present = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
     usable = [kind for kind, there in present if there]
-    if name != "auto" and name.split(":")[0] not in usable:
+    if name not in ("auto", *usable):
         raise UserError(f"--device {name}: not on this machine; it has {', '.join(usable)}")
     return torch.device(usable[0] if name == "auto" else name)
 
@@ -205,8 +211,12 @@ class Policy:
         precision = auto if settings.precision == "auto" else settings.precision
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.device, self.guidance_scale = device, settings.guidance_scale
-        pipe = load_pipeline(settings.model).to(device, self.dtype)
-        pipe.vae.to(torch.float16 if precision == "fp16" else torch.float32)  # bf16 is too coarse for 256 levels of grey
+        # Half-precision weights save memory, which is what a GPU is short of; elsewhere autocast casts them as it goes.
+        weights = self.dtype if device.type == "cuda" else torch.float32
+        pipe = load_pipeline(settings.model).to(device)
+        pipe.unet.to(weights)
+        pipe.text_encoder.to(weights)
+        pipe.vae.to(torch.float32 if weights == torch.bfloat16 else weights)  # bf16 is too coarse for 256 levels of grey
         pipe.vae.requires_grad_(False)
         pipe.text_encoder.requires_grad_(False)
         pipe.unet.eval()  # dropout would make the ratio differ from 1
@@ -235,7 +245,7 @@ class Policy:
         """The network's output eps(x_t, t, c) for x_t (B, C, H, W), t (B,), cond (B, 2, L, D), in float32, with
         classifier-free guidance: eps_uncond + scale * (eps_cond - eps_uncond)."""
         guided = self.guidance_scale > 1
-        inputs = torch.cat([x_t, x_t] if guided else [x_t]).to(self.dtype)
+        inputs = torch.cat([x_t, x_t] if guided else [x_t]).to(self.unet.dtype)
         cond = torch.cat([cond[:, 0], cond[:, 1]]) if guided else cond[:, 1]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             eps = self.unet(inputs, t.repeat(2) if guided else t, cond).sample.float()
@@ -256,6 +266,9 @@ def load_pipeline(model):
     """Open a StableDiffusionPipeline from a hub id or a folder, without its safety checker."""
     path = str(model_path(model))
     without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         kind = DiffusionPipeline.load_config(path).get("_class_name")
         if kind == "StableDiffusionPipeline":

@@ -17,7 +17,7 @@ class UserError(Exception):
 
 def to_pil(images):
     """(B, 3, H, W) float in [0, 1] -> B PIL images; pixels are rounded to the nearest of 256 levels, not cut off."""
-    pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()  # (B, H, W, 3)
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()  # (B, H, W, 3)
     return [Image.fromarray(p) for p in pixels.numpy()]
 
 

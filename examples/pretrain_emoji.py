@@ -5,8 +5,8 @@
 
 Images are rendered while training: a glyph of Noto Color Emoji, flipped, turned, scaled and placed at random on a random
 background. Three phases: an autoencoder learns 64 x 64 pixels <-> 16 x 16 x 4 latents; a text encoder and a UNet learn to
-denoise those latents (Stable Diffusion in small); and since a `StableDiffusionPipeline` wants an AutoencoderKL, which learns
-slowly from nothing on a CPU, one is taught the first autoencoder's latents. The result is a pipeline folder like any other.
+denoise those latents (Stable Diffusion in small); and since a `StableDiffusionPipeline` wants an AutoencoderKL, one is taught
+the first autoencoder's latents. The result is a pipeline folder like any other.
 Needs the font: Debian and Ubuntu package `fonts-noto-color-emoji`.
 """
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -94,7 +95,7 @@ def render(glyphs, labels):
     n, device = len(labels), glyphs.device
     angle = (torch.rand(n, device=device) * 2 - 1) * math.radians(15)
     scale = 0.66 + 0.3 * torch.rand(n, device=device)  # of the picture's side
-    flip = torch.randint(0, 2, (n,), device=device) * 2 - 1
+    flip = 1 - 2 * (torch.rand(n, device=device) < 0.15).float()  # half of them would teach a small model two-headed birds
     shift = (torch.rand(n, 2, device=device) * 2 - 1) * (1 - scale)[:, None]
     cos, sin = angle.cos() / scale, angle.sin() / scale
     rows = torch.stack([torch.stack([cos * flip, sin * flip], 1), torch.stack([-sin, cos], 1)], 1)  # picture -> glyph
@@ -294,7 +295,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=100, help="training time in all")
     parser.add_argument("--out", type=Path, default=HERE / "emoji-diffusion", help="where the pipeline goes")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "pretrain_emoji", help="checkpoints; delete it to start afresh")
+    parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "pretrain_emoji", help="checkpoints to resume from")
     parser.add_argument("--font", help="path of NotoColorEmoji.ttf, if it is not where Debian puts it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -314,17 +315,21 @@ def main():
             return torch.autocast(torch.device(args.device).type, torch.bfloat16)
 
         seconds = args.minutes * 60
-        train_teacher(teacher, glyphs, args.work, 0.1 * seconds, autocast)
+        train_teacher(teacher, glyphs, args.work, 0.07 * seconds, autocast)
         teacher.requires_grad_(False)
-        train_unet(pipe, teacher, glyphs, args.work, 0.75 * seconds, autocast)
-        train_student(pipe.vae, teacher, glyphs, args.work, 0.15 * seconds, autocast)
+        train_unet(pipe, teacher, glyphs, args.work, 0.81 * seconds, autocast)
+        train_student(pipe.vae, teacher, glyphs, args.work, 0.12 * seconds, autocast)
         x = torch.cat([render(glyphs, torch.arange(45, device=args.device)) for _ in range(8)])
         with torch.no_grad():
             for name, model in (("teacher", teacher), ("autoencoder", pipe.vae)):
                 print(f"{name}: mean squared error {F.mse_loss(model(x).sample, x):.4f} on [-1, 1]")
-        pipe.to("cpu", torch.float16)
-        pipe.text_encoder.float()  # transformers 5 would keep a half-precision text encoder beside diffusers' float32 UNet
+        pipe.to("cpu")
+        for module in (pipe.unet, pipe.vae):  # not the text encoder: transformers 5 would keep it in half precision when it
+            torch.nn.Module.half(module)  # opens the file, beside diffusers' float32 UNet
         pipe.save_pretrained(args.out)
+        # Under the names that files on the hub have: transformers 5 opens both, transformers 4 only these.
+        names = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()}
+        save_file(names, args.out / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     draw_sheet(args.out, args.out / "sheet.png", args.device)
     print(f"done: {args.out}, {sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 

@@ -103,7 +103,7 @@ def test_a_hub_that_does_not_answer(capsys, nothing_happens, monkeypatch):
     assert "--model someone/something" in line and "couldn't connect" in line and "\n" not in line
 
 
-@pytest.mark.parametrize("text", ["{not json", '{"step": 7}', '{"steps": "many"}'])
+@pytest.mark.parametrize("text", ["{not json", '{"step": 7}', '{"steps": "many"}', "[1]"])
 def test_a_broken_ddpo_json(text, capsys, nothing_happens):
     folder = nothing_happens / "model"
     folder.mkdir()
@@ -156,7 +156,7 @@ def test_every_setting_is_a_flag_and_help_tells_its_default(capsys, monkeypatch)
 
 
 def test_every_flag_arrives():
-    given = {"objective": "clipped", "precision": "bf16", "seed": 3}
+    given = {"objective": "clipped", "precision": "bf16", "seed": 3, "eta": 0.5}
     for f in dataclasses.fields(ddpo.Settings):
         given.setdefault(f.name, f"some-{f.name}" if f.type is str else f.default * 2)
     argv = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), str(value))]
