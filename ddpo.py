@@ -93,6 +93,7 @@ class Settings:
     # The log-probability is a mean over the latent's dimensions, so 1e-4 on 4 x 64 x 64 of them clips the joint log-ratio
     # at 1.6 nats. A latent with 16 times fewer dimensions needs a range 16 times larger for the same trust in nats.
     clip_range: float = option(1e-4, "the ratio is clipped to 1 - this ... 1 + this", above=0)
+    min_std: float = option(0.0, "only steps that add noise of more than this std are learned from (the paper: all)", least=0)
     adv_clip: float = option(5.0, "advantages are clipped to - this ... + this", above=0)
     lora_rank: int = option(4, "rank of the LoRA matrices", least=1)
     weight_decay: float = option(1e-4, "AdamW's weight decay", least=0)
@@ -230,6 +231,13 @@ class Policy:
             raise UserError(f"--steps {settings.steps}: the model knows {self.scheduler.config.num_train_timesteps} timesteps")
         self.scheduler.set_timesteps(settings.steps, device=device)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        # A deterministic step has no log-probability, so there is nothing to learn from it. Nearly deterministic ones are
+        # worth leaving out too: their noise does not show in the image, but their gradient, in 1 / std, drowns the others'.
+        t, zero = self.scheduler.timesteps, torch.zeros(settings.steps, 1, 1, 1, device=device)
+        std = ddim_mean_std(self.scheduler, zero, t, zero, settings.eta)[1]  # (T, 1, 1, 1); it depends on t alone
+        self.trained_steps = (std.flatten() > settings.min_std).nonzero().flatten()
+        if not len(self.trained_steps):
+            raise UserError(f"no step has an std above --min-std {settings.min_std}: nothing to learn from; use more --steps")
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
         self.latent_shape = (channels, size, size)  # (C, H, W)
         self.cond = {}  # encoded prompts
@@ -416,14 +424,9 @@ def update(policy, optimizer, scaler, samples, settings, generator, tick=lambda:
     (image, step) pairs, summed up in micro-batches. Returns the epoch's metrics."""
     x, logp_old, cond, adv = samples
     t = policy.scheduler.timesteps
-    # A deterministic step has no log-probability, so there is nothing to learn from it.
-    std = ddim_mean_std(policy.scheduler, x[0, :-1], t, x[0, :-1], settings.eta)[1]  # it depends on t alone
-    steps = (std.flatten() > 0).nonzero().flatten()
-    if not len(steps):
-        raise UserError("no denoising step of this scheduler is random, so there is nothing to learn from; use more --steps")
     pairs_seen, totals, ratio_error, grad_norms = 0, torch.zeros(3, device=x.device), None, []
     for share in torch.randperm(len(x), generator=generator).to(x.device).chunk(settings.updates_per_epoch):
-        pairs = torch.cartesian_prod(share, steps)  # (images * steps, 2)
+        pairs = torch.cartesian_prod(share, policy.trained_steps)  # (images * steps, 2)
         worst = []
         for i, j in (micro.unbind(1) for micro in pairs.split(settings.micro_batch)):
             eps = policy.predict(x[i, j], t[j], cond[i])
@@ -547,12 +550,12 @@ def train(settings):
 
 def introduce(settings, policy, prompts, out):
     """Say what is about to run, and what it will cost."""
-    s, images, pairs = settings, settings.images_per_epoch, settings.images_per_epoch * settings.steps
+    s, images, trained = settings, settings.images_per_epoch, len(policy.trained_steps)
     bundled = "the bundled one; for Stable Diffusion: --model stable-diffusion-v1-5/stable-diffusion-v1-5"
     print(f"model    {s.model}" + (f" ({bundled})" if s.model == Settings.model else ""))
     print(f"reward   {s.reward}, {len(prompts)} prompts")
     print(f"trains   {sum(p.numel() for p in policy.lora):,} LoRA weights on {policy.device} in {str(policy.dtype)[6:]}")
-    print(f"epoch    {images} images x {s.steps} steps = {pairs} (image, step) pairs, {s.updates_per_epoch} updates")
+    print(f"epoch    {images} images of {s.steps} steps; {images * trained} (image, step) pairs, {s.updates_per_epoch} updates")
     print(f"run      {s.epochs} epochs = {s.epochs * images} reward queries; results go to {out}", flush=True)
 
 

@@ -288,7 +288,7 @@ def draw_sheet(folder, path, device):
         x, y = 8 + i % 9 * 72, 8 + i // 9 * 84
         sheet.paste(image, (x, y))
         ImageDraw.Draw(sheet).text((x, y + 65), name, fill="black")
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.LANCZOS).save(path)
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.LANCZOS).save(path, quality=90)
 
 
 def main():
@@ -330,7 +330,7 @@ def main():
         # Under the names that files on the hub have: transformers 5 opens both, transformers 4 only these.
         names = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()}
         save_file(names, args.out / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    draw_sheet(args.out, args.out / "sheet.png", args.device)
+    draw_sheet(args.out, args.out / "sheet.jpg", args.device)
     print(f"done: {args.out}, {sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 

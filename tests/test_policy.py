@@ -205,9 +205,15 @@ def test_deterministic_steps_are_never_trained_on(tmp_path):
 
 
 def test_nothing_to_learn_from_is_said(tmp_path):
-    policy, settings = make_policy(save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True), steps=1)
     with pytest.raises(ddpo.UserError, match="more --steps"):
-        run_update(policy, settings, sampled(policy, settings))
+        make_policy(save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True), steps=1)
+
+
+def test_min_std_leaves_out_the_steps_that_add_little_noise(tiny_model):
+    """Of the 10 steps of Stable Diffusion's schedule, the last two add noise of 0.04 and 0.02."""
+    for min_std, trained in [(0.0, 10), (0.03, 9), (0.1, 8)]:
+        policy, _ = make_policy(tiny_model, steps=10, min_std=min_std)
+        assert policy.trained_steps.tolist() == list(range(trained))
 
 
 # ---------------------------------------------------------------- sample, score
