@@ -75,6 +75,7 @@ class OneNumberPolicy:
         last_step_is_random = {"set_alpha_to_one": False, "steps_offset": 1}
         self.scheduler = DDIMScheduler(6, 0.2, 0.5, clip_sample=False, prediction_type="sample", **last_step_is_random)
         self.scheduler.set_timesteps(3)
+        self.trained_steps = torch.arange(3)
         self.device, self.latent_shape, self.lora = torch.device("cpu"), (1, 1, 1), [torch.tensor([THETA], requires_grad=True)]
 
     def encode(self, prompts):
