@@ -55,6 +55,7 @@ from rewards import UserError
 
 
 def option(default, help, least=None, above=None, choices=None):
+    """A field of Settings: its default, one line of help, and the values that are allowed."""
     return field(default=default, metadata={"help": help, "least": least, "above": above, "choices": choices})
 
 
@@ -143,6 +144,7 @@ def make_settings(flags):
 
 
 def model_path(model):
+    """The folder of the bundled model for its name; anything else (a folder or a hub id) unchanged."""
     return BUNDLED if model == Settings.model else Path(model)
 
 
@@ -160,6 +162,7 @@ def load_prompts(name):
 
 
 def pick_device(name):
+    """The torch.device of that name, or the best one of this machine for "auto"."""
     present = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
     usable = [kind for kind, there in present if there]
     if name not in ("auto", *usable):
@@ -577,6 +580,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    """Run from the command line; a mistake ends in one line and a non-zero status."""
     settings = parse(argv)
     try:
         train(settings)
