@@ -1,12 +1,15 @@
-"""Make examples/emoji-diffusion: a tiny latent text-to-image model that draws the paper's 45 animals.
+"""Make examples/emoji-diffusion: a tiny latent text-to-image model that draws the paper's 45 animals; and examples/emoji-clip,
+a tiny CLIP that says whether a picture shows the animal of its prompt.
 
     python examples/pretrain_emoji.py --minutes 100               # CPU or CUDA; run it again to resume
     python examples/pretrain_emoji.py --sheet                     # only draw the sheet of 45 again
+    python examples/pretrain_emoji.py --clip --minutes 20         # only train the CLIP; it needs the finished emoji-diffusion
 
 Images are rendered while training: a glyph of Noto Color Emoji, flipped, turned, scaled and placed at random on a random
 background. Three phases: an autoencoder learns 64 x 64 pixels <-> 16 x 16 x 4 latents; a text encoder and a UNet learn to
 denoise those latents (Stable Diffusion in small); and since a `StableDiffusionPipeline` wants an AutoencoderKL, one is taught
-the first autoencoder's latents. The result is a pipeline folder like any other.
+the first autoencoder's latents. The result is a pipeline folder like any other. The CLIP learns from the same renderer, with
+the faults added that a diffusion model's pictures have, to tell the 45 animals and pictures without an animal apart.
 Needs the font: Debian and Ubuntu package `fonts-noto-color-emoji`.
 """
 
@@ -14,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 GLYPHS = {  # the 45 animals of the paper, each with the emoji that shows it best at 64 pixels
     "cat": "🐱", "dog": "🐶", "horse": "🐴", "monkey": "🐵", "rabbit": "🐰", "zebra": "🦓", "spider": "🕷", "bird": "🐦",
@@ -90,11 +94,11 @@ def backgrounds(n, size, device):
     return kinds[torch.randint(len(kinds), (n,), device=device), torch.arange(n, device=device)].clamp(0, 1)
 
 
-def render(glyphs, labels):
+def render(glyphs, labels, least=0.66):
     """Draw each label's glyph on a fresh background: (n, 3, 64, 64) in [-1, 1]."""
     n, device = len(labels), glyphs.device
     angle = (torch.rand(n, device=device) * 2 - 1) * math.radians(15)
-    scale = 0.66 + 0.3 * torch.rand(n, device=device)  # of the picture's side
+    scale = least + (0.96 - least) * torch.rand(n, device=device)  # of the picture's side
     flip = 1 - 2 * (torch.rand(n, device=device) < 0.15).float()  # half of them would teach a small model two-headed birds
     shift = (torch.rand(n, 2, device=device) * 2 - 1) * (1 - scale)[:, None]
     cos, sin = angle.cos() / scale, angle.sin() / scale
@@ -105,9 +109,9 @@ def render(glyphs, labels):
     return (rgba[:, :3] + (1 - rgba[:, 3:]) * backgrounds(n, 64, device)) * 2 - 1
 
 
-def draw_batch(glyphs, n):
+def draw_batch(glyphs, n, least=0.66):
     labels = torch.randint(len(glyphs), (n,), device=glyphs.device)
-    return render(glyphs, labels), labels
+    return render(glyphs, labels, least), labels
 
 
 # ---------------------------------------------------------------- the model
@@ -277,6 +281,104 @@ def train_unet(pipe, teacher, glyphs, work, seconds, autocast, batch=64, pool=16
         torch._foreach_copy_(weights, list(average))
 
 
+# ---------------------------------------------------------------- the CLIP
+
+NOTHING = len(ANIMALS)  # the label of a picture without an animal; its caption is the empty one
+TEMPLATES = ["{}", "a photo of a {}", "a {} riding a bike", "a {} playing chess", "a {} washing the dishes"]
+
+
+def make_clip(tokenizer):
+    """The untrained CLIP, 0.7 M parameters; one picture costs 0.07 GFLOP."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 64,
+            "vocab_size": len(tokenizer), "max_position_embeddings": 16, **ids}  # fmt: skip
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "projection_dim": 64, "image_size": 64, "patch_size": 8}  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64, logit_scale_init_value=math.log(10))
+    clip = CLIPModel(config)
+    clip.logit_scale.requires_grad_(False)  # it would grow, and cosines of 0.3 would do; at 10 they must come near 1 and 0
+    return clip
+
+
+def without_animal(x):
+    """What is left when no animal can be made out: a background, noise, a blur, two animals in one, or the parts in disorder."""
+    n, device = len(x), x.device
+    noise = torch.rand(n, 3, 1, 1, device=device) - 0.5 + (0.3 + torch.rand(n, 1, 1, 1, device=device)) * torch.randn_like(x)
+    blur = F.interpolate(F.adaptive_avg_pool2d(x, 4), 64, mode="bicubic")
+    parts = x.view(n, 3, 8, 8, 8, 8).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (n, 64, 3, 8, 8)
+    parts = parts[torch.arange(n, device=device)[:, None], torch.rand(n, 64, device=device).argsort(1)]
+    parts = parts.unflatten(1, (8, 8)).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+    kinds = torch.stack([backgrounds(n, 64, device) * 2 - 1, 0.15 * x + noise, blur, (x + x.flip(0)) / 2, parts])
+    return kinds[torch.randint(len(kinds), (n,), device=device), torch.arange(n, device=device)].clamp(-1, 1)
+
+
+@torch.no_grad()
+def fresh_pictures(vae, glyphs, n, autocast):
+    """n pictures and their labels. Half of them pass through the autoencoder with noise in the latents, since that is how a
+    diffusion model's pictures come about; where the noise is strong, nothing is left to see."""
+    x, labels = draw_batch(glyphs, n, least=0.4)  # small ones too: a model that is paid for simple pictures draws them
+    nothing = torch.rand(n, device=x.device) < 0.2
+    x = without_animal(x).where(nothing[:, None, None, None], x)
+    with autocast():
+        z = vae.encode(x[: n // 2].contiguous(memory_format=torch.channels_last)).latent_dist.mode().float()
+        lost, strength = torch.rand(2, len(z), 1, 1, 1, device=x.device)
+        lost = lost < 0.15
+        z = torch.where(lost, 0.3 * z + (1 + 2 * strength) * torch.randn_like(z), z + 0.4 * strength * torch.randn_like(z))
+        x[: n // 2] = vae.decode(z).sample.float().clamp(-1, 1)
+    nothing[: n // 2] |= lost.flatten()
+    return x, labels.where(~nothing, NOTHING)
+
+
+def spoil(x):
+    """Faults that leave the animal what it is: blur, other colours, a patch that covers a part, noise."""
+    n, device = len(x), x.device
+
+    def rand(*shape):
+        return torch.rand(*shape, device=device)
+
+    blurred = F.interpolate(F.adaptive_avg_pool2d(x, int(torch.randint(20, 48, ()))), 64, mode="bicubic")
+    x = blurred.where(rand(n, 1, 1, 1) < 0.3, x)
+    x = (0.6 + 0.5 * rand(n, 1, 1, 1)) * x + 0.4 * (rand(n, 3, 1, 1) - 0.5)
+    grid = torch.linspace(0, 1, 64, device=device)
+    inside = (grid - rand(n, 2, 1)).abs() < 0.17 * rand(n, 2, 1)  # (n, 2, 64)
+    patch = inside[:, 0, :, None] & inside[:, 1, None, :] & (rand(n, 1, 1) < 0.4)
+    x = (2 * rand(n, 3, 1, 1) - 1).where(patch[:, None], x)
+    return (x + 0.3 * rand(n, 1, 1, 1) ** 2 * torch.randn_like(x)).clamp(-1, 1)
+
+
+def train_clip(clip, tokenizer, vae, glyphs, work, seconds, autocast, batch=64, pool=8192, fresh_every=3):
+    """Pictures against all 46 captions: many pictures share a caption, so CLIP's own loss over a batch would be wrong."""
+    run, device = Run(work / "clip.pt", seconds, 1e-3, [clip]), glyphs.device
+    captions = [*(t.format(a).replace("a ant", "an ant") for t in TEMPLATES for a in ANIMALS), ""]
+    captions = tokenizer(captions, padding="max_length", max_length=16, return_tensors="pt").input_ids.to(device)
+    first = torch.arange(NOTHING, device=device)
+    pieces = [fresh_pictures(vae, glyphs, batch, autocast) for _ in tqdm(range(pool // batch), desc="pool")]
+    pictures, labels = torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+    for _ in run.steps("clip"):
+        if run.step % fresh_every == 0:
+            at = run.step // fresh_every * batch % pool
+            pictures[at : at + batch], labels[at : at + batch] = fresh_pictures(vae, glyphs, batch, autocast)
+        pick = torch.randint(pool, (batch,), device=device)
+        template = torch.randint(len(TEMPLATES), (NOTHING,), device=device) * (torch.rand(NOTHING, device=device) < 0.5)
+        ids = torch.cat([captions[template * NOTHING + first], captions[-1:]])
+        run.learn(F.cross_entropy(clip(ids, spoil(pictures[pick])).logits_per_image, labels[pick]))
+
+
+def save_clip(clip, folder):
+    """Write the model, emoji-diffusion's tokenizer and the images' normalisation, in files that transformers 4 opens too."""
+    clip.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):  # tokenizer.json would add padding of its own
+        shutil.copy(HERE / "emoji-diffusion" / "tokenizer" / name, folder)
+    processor = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 64}, "resample": 3,
+                 "do_center_crop": True, "crop_size": {"height": 64, "width": 64}, "do_convert_rgb": True, "do_rescale": True,
+                 "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+                 "processor_class": "CLIPProcessor"}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- from the command line
+
+
 def draw_sheet(folder, path, device):
     """All 45 with plain diffusers, at the settings of the main job's first epoch: 20 steps, eta 1, guidance 3."""
     pipe = StableDiffusionPipeline.from_pretrained(folder).to(device)
@@ -294,27 +396,37 @@ def draw_sheet(folder, path, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=100, help="training time in all")
-    parser.add_argument("--out", type=Path, default=HERE / "emoji-diffusion", help="where the pipeline goes")
+    parser.add_argument("--out", type=Path, help="where the result goes, if not to examples/emoji-diffusion or emoji-clip")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "pretrain_emoji", help="checkpoints to resume from")
     parser.add_argument("--font", help="path of NotoColorEmoji.ttf, if it is not where Debian puts it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", action="store_true", help="train nothing, draw the sheet from the folder as it is")
+    parser.add_argument("--clip", action="store_true", help="train the CLIP alone, with the autoencoder of emoji-diffusion")
     args = parser.parse_args()
-    if not args.sheet:
+    args.out = args.out or HERE / ("emoji-clip" if args.clip else "emoji-diffusion")
+
+    def autocast():
+        return torch.autocast(torch.device(args.device).type, torch.bfloat16)
+
+    seconds = args.minutes * 60
+    if args.clip or not args.sheet:
         torch.manual_seed(args.seed)
         torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
         args.work.mkdir(parents=True, exist_ok=True)
         glyphs = load_glyphs(args.font).to(args.device)
+    if args.clip:
+        tokenizer = CLIPTokenizer.from_pretrained(HERE / "emoji-diffusion" / "tokenizer")
+        vae = AutoencoderKL.from_pretrained(HERE / "emoji-diffusion" / "vae").float().requires_grad_(False)
+        vae.to(args.device, memory_format=torch.channels_last)
+        clip = make_clip(tokenizer).to(args.device)
+        train_clip(clip, tokenizer, vae, glyphs, args.work, seconds, autocast)
+        save_clip(clip.to("cpu"), args.out)
+    elif not args.sheet:
         pipe = make_pipeline(args.out).to(args.device)
         teacher = make_teacher().to(args.device)
         for autoencoder in (teacher, pipe.vae):
             autoencoder.to(memory_format=torch.channels_last)  # a third faster on a CPU; the UNet is not
-
-        def autocast():
-            return torch.autocast(torch.device(args.device).type, torch.bfloat16)
-
-        seconds = args.minutes * 60
         train_teacher(teacher, glyphs, args.work, 0.07 * seconds, autocast)
         teacher.requires_grad_(False)
         train_unet(pipe, teacher, glyphs, args.work, 0.81 * seconds, autocast)
@@ -330,7 +442,8 @@ def main():
         # Under the names that files on the hub have: transformers 5 opens both, transformers 4 only these.
         names = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()}
         save_file(names, args.out / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    draw_sheet(args.out, args.out / "sheet.jpg", args.device)
+    if not args.clip:
+        draw_sheet(args.out, args.out / "sheet.jpg", args.device)
     print(f"done: {args.out}, {sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
