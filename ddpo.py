@@ -1,8 +1,8 @@
 """DDPO: Denoising Diffusion Policy Optimization (Black et al., "Training Diffusion Models with Reinforcement Learning",
-ICLR 2024, arXiv 2305.13301), for Stable Diffusion with LoRA, in one file.
+ICLR 2024, arXiv 2305.13301), for Stable Diffusion, its XL, and DDPMs of pixels, in one file.
 
     python ddpo.py --reward compressibility            # a small bundled model, on any machine, in minutes
-    python ddpo.py --reward compressibility --model stable-diffusion-v1-5/stable-diffusion-v1-5      # needs a GPU
+    python ddpo.py --reward aesthetic --model stable-diffusion-v1-5/stable-diffusion-v1-5      # needs a GPU
 
 Denoising is a Markov decision process: the state is (c, t, x_t), the action is x_{t-1}, the policy is the Gaussian that
 one denoising step draws it from, and a reward r(x_0, c) comes only at the end. So the policy gradient applies:
@@ -15,10 +15,10 @@ one denoising step draws it from, and a reward r(x_0, c) comes only at the end. 
             loss = max(-adv * ratio, -adv * clip(ratio, 1 - clip_range, 1 + clip_range))                 (clipped_loss)
         average the gradient over the pairs, step the optimizer                                          (update)
 
-Names: x_t, x_prev (x_{t-1}); cond (the encoded c); eps (predicted noise, after guidance); mean, std, logp (of the
-policy); logp_old (of the policy that sampled); B images, T denoising steps, latents of C x H x W.
-Left out of the textbook algorithm: a value network (the statistics of each prompt take its place), a KL penalty (the clip
-range bounds each update), discounting (the paper has none).
+Names: x_t, x_prev (x_{t-1}); cond (c, as a row of the table of encoded prompts); eps (predicted noise, after guidance);
+mean, std, logp (of the policy); logp_old (of the policy that sampled); B images, T denoising steps, latents of C x H x W.
+Left out of the textbook algorithm: a value network (the statistics of each prompt take its place), discounting (the paper
+has none). A KL penalty to the pretrained model is there, but off: the clip range bounds each update, not their sum.
 """
 
 import argparse
@@ -28,11 +28,17 @@ import itertools
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import time
-from collections import deque
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import ZipFile
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on packages that nothing here needs
 
@@ -40,10 +46,11 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -59,10 +66,18 @@ def option(default, help, least=None, above=None, choices=None):
     return field(default=default, metadata={"help": help, "least": least, "above": above, "choices": choices})
 
 
-BUNDLED = Path(__file__).resolve().parent / "examples" / "emoji-diffusion"
-ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle
-ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel
-bat gorilla hedgehog kangaroo""".split()  # the paper's 45
+EXAMPLES = Path(__file__).resolve().parent / "examples"
+
+
+@contextmanager
+def explained(mistake):
+    """Whatever fails inside becomes a UserError: the mistake, and the first line of what the library says about it."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides why it cannot write
+        said = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+        raise error if isinstance(error, UserError) else UserError(f"{mistake} ({said})") from None
 
 
 @dataclass(frozen=True)
@@ -71,9 +86,9 @@ class Settings:
     with fewer images and steps in an epoch so that an epoch takes minutes. A model folder may bring its own in `ddpo.json`;
     the command line overrides both."""
 
-    reward: str = option("compressibility", "what to maximise: a name from rewards.py")
-    model: str = option("emoji-diffusion", "hub id or folder of a StableDiffusionPipeline; emoji-diffusion is the bundled one")
-    prompts: str = option("animals", "animals (the paper's 45), or a text file with one prompt a line")
+    reward: str = option("compressibility", "what to maximise: a name from rewards.py, FILE.py:FUNCTION, or a mix: 'A + 0.1*B'")
+    model: str = option("emoji-diffusion", "hub id or folder of a pipeline: Stable Diffusion 1.x, 2.x, XL, or DDPM of pixels")
+    prompts: str = option("animals", "animals, activities or imagenet (the paper's sets), or a text file with one prompt a line")
     out: str = option("", "run folder; empty means runs/REWARD, or runs/REWARD-2 and so on if that exists")
     seed: int = option(0, "seed of every random number", least=0)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first of these that is there")
@@ -84,26 +99,36 @@ class Settings:
     images_per_epoch: int = option(64, "images sampled in an epoch (the paper: 256)", least=2)
     steps: int = option(20, "denoising steps of an image (the paper: 50)", least=1)
     guidance_scale: float = option(5.0, "classifier-free guidance, in sampling and training; none at 1 or below", least=0)
+    samples_per_prompt: int = option(1, "prompts are drawn in groups of this size, each with its own baseline", least=1)
     eta: float = option(1.0, "noise in a DDIM step: 1 is DDPM's; at 0 there would be nothing to learn from", above=0)
     sample_batch: int = option(8, "images sampled at once: speed and memory (and which noise an image gets)", least=1)
+    reward_batch_size: int = option(8, "images that a reward's network sees at once: speed and memory only", least=1)
+    reward_device: str = option("", "where the rewards' networks run; empty means on the device that trains")
     # learning
     objective: str = option("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)", choices=("clipped", "reinforce"))
     updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on its own share of the images", least=1)
     micro_batch: int = option(4, "(image, step) pairs in one network call; changes speed and memory only", least=1)
-    lr: float = option(3e-4, "AdamW's learning rate", above=0)
-    # The log-probability is a mean over the latent's dimensions, so 1e-4 on 4 x 64 x 64 of them clips the joint log-ratio
-    # at 1.6 nats. A latent with 16 times fewer dimensions needs a range 16 times larger for the same trust in nats.
-    clip_range: float = option(1e-4, "the ratio is clipped to 1 - this ... 1 + this", above=0)
+    lr: float = option(3e-4, "AdamW's learning rate; with --lora-rank 0 the default is 1e-5", above=0)
+    # The log-probability is a mean over the latent's dimensions, so the paper's 1e-4 on 4 x 64 x 64 of them clips the joint
+    # log-ratio at 1.6384 nats. The same trust in nats is another number for every other size of latent: that is the default.
+    clip_range: float = option(0.0, "the ratio is clipped to 1 +- this; 0 means 1.6384 / the latent's dimensions", least=0)
     min_std: float = option(0.0, "only steps that add noise of more than this std are learned from (the paper: all)", least=0)
     adv_clip: float = option(5.0, "advantages are clipped to - this ... + this", above=0)
-    lora_rank: int = option(4, "rank of the LoRA matrices", least=1)
+    lora_rank: int = option(4, "rank of the LoRA matrices; 0 trains the whole UNet instead", least=0)
+    init_lora: str = option("", "a LoRA file in diffusers' layout to start from; the rank is read from it")
     weight_decay: float = option(1e-4, "AdamW's weight decay", least=0)
     grad_clip: float = option(1.0, "the gradient's norm is clipped to this", above=0)
     stats_buffer: int = option(32, "rewards remembered of each prompt", least=1)
     stats_min_count: int = option(16, "with fewer rewards than this, a prompt is compared with the whole batch", least=1)
-    # looking
-    sample_every: int = option(5, "epochs between two pictures of the same prompts and noise", least=1)
-    grid_images: int = option(12, "images in such a picture", least=1)
+    # against over-optimisation
+    kl_coef: float = option(0.0, "what a nat of KL to the pretrained model costs, in standard deviations of the reward", least=0)
+    kl_stop: float = option(0.0, "the run ends once this many nats lie between it and the pretrained model; 0: never", least=0)
+    monitor: str = option("", "rewards to log but not to optimise, NAME[,NAME]: they show when the reward is gamed")
+    # looking and saving
+    eval_every: int = option(5, "epochs between two looks at the same prompts and noise", least=1)
+    eval_prompts: str = option("", "a set or file as for --prompts, to look at others than those trained on; empty: the same")
+    eval_images: int = option(12, "images of such a look", least=1)
+    save_every: int = option(1, "epochs between two saved states, from which --resume goes on", least=1)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -125,46 +150,56 @@ class Settings:
             raise UserError(f"--eta must be at most 1, not {self.eta}")
         if self.stats_min_count > self.stats_buffer:
             raise UserError(f"--stats-min-count {self.stats_min_count} is never reached: --stats-buffer is {self.stats_buffer}")
-        if self.images_per_epoch % self.updates_per_epoch:
-            raise UserError(f"--images-per-epoch must be a multiple of --updates-per-epoch, {self.updates_per_epoch}")
+        for divisor in ("updates_per_epoch", "samples_per_prompt"):
+            if self.images_per_epoch % getattr(self, divisor):
+                flag = "--" + divisor.replace("_", "-")
+                raise UserError(f"--images-per-epoch must be a multiple of {flag}, {getattr(self, divisor)}")
+        if not self.lora_rank and (self.kl_coef or self.kl_stop or self.init_lora):
+            raise UserError("--kl-coef, --kl-stop and --init-lora need a LoRA: without it, as with --lora-rank 0, the pretrained "
+                            "model is not at hand to compare with")  # fmt: skip
 
 
-def make_settings(flags):
-    """Settings from the dataclass, the model folder's own `ddpo.json` and `flags`, the later ones overriding the earlier."""
-    own = model_path(flags.get("model", Settings.model)) / "ddpo.json"
-    try:
-        values = {**dict(json.loads(own.read_text()) if own.is_file() else {}), **flags}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{own} must be a json object of settings: {error}") from None
+def make_settings(flags, config=None):
+    """Settings from the dataclass, then the file `config` or else the model folder's own `ddpo.json`, then `flags`; the later
+    ones override the earlier."""
+    file = Path(config) if config else model_path(flags.get("model", Settings.model)) / "ddpo.json"
+    with explained(f"{file} must be a json object of settings"):
+        values = dict(json.loads(file.read_text())) if config or file.is_file() else {}
+    values.pop("made_with", None)
     if unknown := values.keys() - {f.name for f in dataclasses.fields(Settings)}:
-        raise UserError(f"{own}: there is no setting named {', '.join(sorted(unknown))}")
+        raise UserError(f"{file}: there is no setting named {', '.join(sorted(unknown))}")
+    values.update(flags)
     if values.get("objective") == "reinforce":
         values["updates_per_epoch"] = flags.get("updates_per_epoch", 1)
+    if flags.get("lora_rank") == 0:
+        values["lr"] = flags.get("lr", 1e-5)  # the paper's, for the whole UNet
+    if flags.get("init_lora"):
+        values["lora_rank"] = flags.get("lora_rank", read_lora(flags["init_lora"])[1])
     return Settings(**values)
 
 
 def model_path(model):
     """The folder of the bundled model for its name; anything else (a folder or a hub id) unchanged."""
-    return BUNDLED if model == Settings.model else Path(model)
+    return EXAMPLES / model if model == Settings.model else Path(model)
 
 
 def load_prompts(name):
-    """The prompts of a set, or of a text file with one on each line that is not blank."""
-    if name == "animals":
-        return ANIMALS
-    try:
-        prompts = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {name}: neither 'animals' nor a readable text file ({error})") from None
+    """The prompts of a set (a file in examples/prompts) or of a text file: one a line, blank lines and # comments left out."""
+    sets = {path.stem: path for path in sorted(EXAMPLES.glob("prompts/*.txt"))}
+    with explained(f"--prompts {name}: neither one of {', '.join(sets)} nor a readable text file"):
+        lines = sets.get(name, Path(name)).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not prompts:
         raise UserError(f"--prompts {name}: the file holds no prompt; write one on each line")
+    if repeated := [prompt for prompt, times in Counter(prompts).items() if times > 1]:
+        print(f"note     --prompts {name} repeats {len(repeated)} prompts, such as {repeated[0]!r}; they are drawn more often")
     return prompts
 
 
 def pick_device(name):
     """The torch.device of that name, or the best one of this machine for "auto"."""
-    present = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
-    usable = [kind for kind, there in present if there]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [kind for kind in there if there[kind]]
     if name not in ("auto", *usable):
         raise UserError(f"--device {name}: not on this machine; it has {', '.join(usable)}")
     return torch.device(usable[0] if name == "auto" else name)
@@ -175,7 +210,9 @@ def pick_device(name):
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank one: y = W x + B A x, with A (rank, in) and B (out, rank) in float32.
-    B starts at zero, so the layer starts as the pretrained one."""
+    B starts at zero, so the layer starts as the pretrained one; with `on` false it is."""
+
+    on = True  # of all layers at once
 
     def __init__(self, base, rank):
         super().__init__()
@@ -185,7 +222,8 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        return self.base(x) + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(x.dtype)
+        y = self.base(x)
+        return y + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(x.dtype) if self.on else y
 
 
 def add_lora(unet, rank):
@@ -198,38 +236,71 @@ def add_lora(unet, rank):
 
 
 def save_lora(unet, path):
-    """Write the LoRA in diffusers' layout, all or nothing; alpha is not in the file, which means that it equals the rank."""
+    """Write the LoRA in diffusers' layout; alpha is not in the file, which means that it equals the rank."""
     weights = {f"unet.{k}": v.detach().cpu().contiguous() for k, v in unet.state_dict().items() if ".lora_" in k}
-    save_file(weights, path.with_suffix(".tmp"), metadata={"format": "pt"})
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole_file(path) as tmp:
+        save_file(weights, tmp, metadata={"format": "pt"})
+
+
+def read_lora(path):
+    """The UNet's LoRA from a file in diffusers' layout, as a state dict, and its rank."""
+    with explained(f"--init-lora {path}: not a file with a LoRA of one rank in diffusers' layout"):
+        with safe_open(path, "pt") as file:
+            weights = {k.removeprefix("unet."): file.get_tensor(k) for k in file.keys()}
+            about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))  # peft's configuration
+        (rank,) = {len(weight) for k, weight in weights.items() if k.endswith("lora_A.weight")}
+    scale = about.get("unet.lora_alpha", rank) / rank  # in our layers it is 1
+    return {k: weight * scale if k.endswith("lora_B.weight") else weight for k, weight in weights.items()}, rank
+
+
+def init_lora(unet, path):
+    """Load the LoRA of a file into the UNet's LoRA layers, which must be the same ones."""
+    with explained(f"--init-lora {path}: does not fit this UNet"):
+        missing, unexpected = unet.load_state_dict(read_lora(path)[0], strict=False)
+    if wrong := unexpected or [k for k in missing if ".lora_" in k]:
+        raise UserError(f"--init-lora {path}: trains other layers than the UNet's attention projections, such as {wrong[0]}")
 
 
 # ---------------------------------------------------------------- the pipeline as a policy
 
 
 class Policy:
-    """What DDPO needs of a diffusers pipeline: encode prompts, predict noise (with guidance), decode latents."""
+    """What DDPO needs of a diffusers pipeline: encode prompts, predict noise (with guidance), decode latents.
+
+    An unconditional model of pixels has no prompts, no guidance and no VAE: all its prompts are one, its latents the image."""
 
     def __init__(self, settings, device):
         auto = {"cuda": "fp16", "cpu": "bf16"}.get(device.type, "fp32")
         precision = auto if settings.precision == "auto" else settings.precision
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.device, self.guidance_scale = device, settings.guidance_scale
-        # Half-precision weights save memory, which is what a GPU is short of; elsewhere autocast casts them as it goes.
-        weights = self.dtype if device.type == "cuda" else torch.float32
         pipe = load_pipeline(settings.model).to(device)
-        pipe.unet.to(weights)
-        pipe.text_encoder.to(weights)
-        pipe.vae.to(torch.float32 if weights == torch.bfloat16 else weights)  # bf16 is too coarse for 256 levels of grey
-        pipe.vae.requires_grad_(False)
-        pipe.text_encoder.requires_grad_(False)
-        pipe.unet.eval()  # dropout would make the ratio differ from 1
+        self.pipe, self.unet, self.device = pipe, pipe.unet, device
+        self.latent, self.xl = hasattr(pipe, "vae"), isinstance(pipe, StableDiffusionXLPipeline)
+        self.guidance_scale = settings.guidance_scale if self.latent else 1.0
+        # Frozen weights in half precision save memory, which is what a GPU is short of; elsewhere autocast casts them as it
+        # goes. Trained ones stay in float32. So does a VAE if bf16, too coarse for 256 levels of grey, or fp16 would spoil it.
+        frozen = self.dtype if device.type == "cuda" else torch.float32
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module):
+                delicate = name == "vae" and (frozen == torch.bfloat16 or self.xl and part.config.force_upcast)
+                exact = delicate or name == "unet" and not settings.lora_rank
+                part.requires_grad_(False).to(torch.float32 if exact else frozen)
+        self.unet.eval()  # dropout would make the ratio differ from 1
         if device.type == "cpu":
-            pipe.unet.set_attn_processor(AttnProcessor())  # the fused one's backward pass is several times slower there
-        self.pipe, self.unet = pipe, pipe.unet
-        self.lora = add_lora(self.unet, settings.lora_rank)
-        # DDIM's own default is to clip x_0 to pixels' range; latents must not be, unless the model's config says so.
-        self.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipe.scheduler.config})
+            for part in self.unet.modules():
+                if isinstance(part, Attention):
+                    part.set_processor(AttnProcessor())  # the fused one's backward pass is several times slower there
+        if settings.lora_rank:
+            self.weights = add_lora(self.unet, settings.lora_rank)
+        else:
+            self.weights = list(self.unet.requires_grad_(True).parameters())
+        if not self.weights:
+            raise UserError(f"--model {settings.model} has no attention for a LoRA; train the whole of it with --lora-rank 0")
+        if settings.init_lora:
+            init_lora(self.unet, settings.init_lora)
+
+        # DDIM's own default is to clip x_0 to the range of pixels; latents must not be, unless the model's config says so.
+        self.scheduler = DDIMScheduler.from_config({"clip_sample": not self.latent, **pipe.scheduler.config})
         if settings.steps > self.scheduler.config.num_train_timesteps:
             raise UserError(f"--steps {settings.steps}: the model knows {self.scheduler.config.num_train_timesteps} timesteps")
         self.scheduler.set_timesteps(settings.steps, device=device)
@@ -237,29 +308,42 @@ class Policy:
         # A deterministic step has no log-probability, so there is nothing to learn from it. Nearly deterministic ones are
         # worth leaving out too: their noise does not show in the image, but their gradient, in 1 / std, drowns the others'.
         t, zero = self.scheduler.timesteps, torch.zeros(settings.steps, 1, 1, 1, device=device)
-        std = ddim_mean_std(self.scheduler, zero, t, zero, settings.eta)[1]  # (T, 1, 1, 1); it depends on t alone
-        self.trained_steps = (std.flatten() > settings.min_std).nonzero().flatten()
+        std = ddim_mean_std(self.scheduler, zero, t, zero, settings.eta)[1].flatten()  # (T,); it depends on t alone
+        self.random_steps, self.trained_steps = ((std > least).nonzero().flatten() for least in (0, settings.min_std))
         if not len(self.trained_steps):
             raise UserError(f"no step has an std above --min-std {settings.min_std}: nothing to learn from; use more --steps")
-        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
-        self.latent_shape = (channels, size, size)  # (C, H, W)
-        self.cond = {}  # encoded prompts
+        size = self.unet.config.sample_size
+        self.latent_shape = (self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size))  # (C, H, W)
+        self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
+        if self.xl:  # original size, crop and target size
+            height, width = (side * pipe.vae_scale_factor for side in self.latent_shape[1:])
+            self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=frozen)
+        self.rows, self.table = {}, []  # of each encoded prompt the row in the tables of embeddings
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Prompts -> cond (B, 2, L, D), the embeddings of the empty prompt and of the prompt; each is computed once."""
-        for prompt in {"", *prompts} - self.cond.keys():
-            self.cond[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0]  # (L, D)
-        return torch.stack([torch.stack([self.cond[""], self.cond[p]]) for p in prompts])
+        """Prompts -> cond (B,), their rows in the tables of embeddings. Each is encoded once; row 0 is for no prompt."""
+        for prompt in [p for p in dict.fromkeys(prompts) if p not in self.rows]:
+            self.rows[prompt] = len(self.rows) + 1
+            if self.latent:
+                flags = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+                encoded = self.pipe.encode_prompt(prompt=prompt, **flags)  # with and without prompt; in XL then both pooled
+                self.table = [torch.cat(part) for part in zip(self.table or encoded[1::2], encoded[::2])]
+        return torch.tensor([self.rows[p] for p in prompts], device=self.device)
 
     def predict(self, x_t, t, cond):
-        """The network's output eps(x_t, t, c) for x_t (B, C, H, W), t (B,), cond (B, 2, L, D), in float32, with
-        classifier-free guidance: eps_uncond + scale * (eps_cond - eps_uncond)."""
-        guided = self.guidance_scale > 1
-        inputs = torch.cat([x_t, x_t] if guided else [x_t]).to(self.unet.dtype)
-        cond = torch.cat([cond[:, 0], cond[:, 1]]) if guided else cond[:, 1]
+        """The network's output eps(x_t, t, c) for x_t (B, C, H, W), t (B,), cond (B,), in float32, with classifier-free
+        guidance: eps_uncond + scale * (eps_cond - eps_uncond)."""
+        guided, context = self.guidance_scale > 1, {}
+        if guided:
+            x_t, t, cond = torch.cat([x_t, x_t]), t.repeat(2), torch.cat([torch.zeros_like(cond), cond])
+        if self.latent:
+            context["encoder_hidden_states"] = self.table[0][cond]
+        if self.xl:
+            time_ids = self.time_ids.expand(len(cond), -1)
+            context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": time_ids}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            eps = self.unet(inputs, t.repeat(2) if guided else t, cond).sample.float()
+            eps = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
         if guided:
             uncond, conditional = eps.chunk(2)
             eps = uncond + self.guidance_scale * (conditional - uncond)
@@ -268,27 +352,26 @@ class Policy:
     @torch.no_grad()
     def decode(self, x_0):
         """Latents (B, C, H, W) -> images (B, 3, height, width), float32 in [0, 1]."""
-        vae = self.pipe.vae
-        image = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        if self.latent:
+            vae = self.pipe.vae
+            x_0 = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample
+        return (x_0.float() / 2 + 0.5).clamp(0, 1)
 
 
 def load_pipeline(model):
-    """Open a StableDiffusionPipeline from a hub id or a folder, without its safety checker."""
+    """Open a pipeline of a kind that can be trained here, from a hub id or a folder, without a safety checker."""
     path = str(model_path(model))
-    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    kinds = {"StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+             "StableDiffusionXLPipeline": {"add_watermarker": False}, "DDPMPipeline": {}, "DDIMPipeline": {}}  # fmt: skip
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    try:
+    found = "the folder holds no complete pipeline" if os.path.isdir(path) else "no such folder, and the hub gives none"
+    with explained(f"--model {model}: {found}; name a folder with a model_index.json, or a hub id"):
         kind = DiffusionPipeline.load_config(path).get("_class_name")
-        if kind == "StableDiffusionPipeline":
-            return StableDiffusionPipeline.from_pretrained(path, **without)
-    except Exception as error:  # whatever is wrong with the files, diffusers' first line says it
-        found = "the folder holds no complete pipeline" if os.path.isdir(path) else "no such folder, and the hub gives none"
-        hint = "name a folder with a model_index.json, or a hub id"
-        raise UserError(f"--model {model}: {found}; {hint} ({str(error).strip().splitlines()[0]})") from None
-    raise UserError(f"--model {model} is a {kind}; what works is a StableDiffusionPipeline (Stable Diffusion 1.x and 2.x)")
+        if kind not in kinds:
+            raise UserError(f"--model {model} is a {kind}; what works: {', '.join(kinds)}")
+        return getattr(diffusers, kind).from_pretrained(path, **kinds[kind])
 
 
 # ---------------------------------------------------------------- one DDIM step with its log-probability
@@ -353,25 +436,39 @@ def rollout(policy, prompts, eta, generator):
     return torch.stack(x, 1), torch.stack(logps, 1)
 
 
-def sample(policy, prompts, settings, generator, tick=lambda: None):
-    """Roll out any number of prompts in batches. Returns x (N, T+1, C, H, W), logp (N, T), images (N, 3, height, width)."""
-    parts = []
-    for i in range(0, len(prompts), settings.sample_batch):
-        x, logp = rollout(policy, prompts[i : i + settings.sample_batch], settings.eta, generator)
-        parts.append((x, logp, policy.decode(x[:, -1])))
-        tick()
-    return [torch.cat(part) for part in zip(*parts)]
+@torch.no_grad()
+def score(terms, images, prompts):
+    """r(x_0, c) by each of the K rewards in `terms`, (B, K) float32. One that breaks its contract stops the run."""
+    columns, n = [], len(prompts)
+    for label, _, reward_fn in terms:
+        try:
+            reward = torch.as_tensor(reward_fn(images, prompts)).detach().float().cpu()
+        except (UserError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"reward {label} failed at {prompts[0]!r}: {what} ({where.filename}, line {where.lineno})") from error
+        if reward.shape != (n,):
+            raise UserError(f"reward {label} returned shape {tuple(reward.shape)} for {n} images; it must be ({n},)")
+        if not reward.isfinite().all():
+            bad = int((~reward.isfinite()).nonzero()[0])
+            raise UserError(f"reward {label} returned {reward[bad]} for the prompt {prompts[bad]!r}; it must be finite")
+        columns.append(reward)
+    return torch.stack(columns, 1)
 
 
-def score(name, reward_fn, images, prompts):
-    """r(x_0, c) as (N,) float32; a reward of the wrong shape or one that is not finite stops the run."""
-    reward, n = torch.as_tensor(reward_fn(images, prompts)).detach().float().cpu(), len(prompts)
-    if reward.shape != (n,):
-        raise UserError(f"reward {name} returned shape {tuple(reward.shape)} for {n} images; it must be ({n},)")
-    if not reward.isfinite().all():
-        bad = int((~reward.isfinite()).nonzero()[0])
-        raise UserError(f"reward {name} returned {reward[bad]} for the prompt {prompts[bad]!r}; it must be finite")
-    return reward
+def sample(policy, terms, prompts, settings, generator, tick=lambda: None):
+    """Roll out and score any number of prompts in batches. Returns x (N, T+1, C, H, W), logp (N, T), scores (N, K)."""
+    parts, scores = [], []
+    with ThreadPoolExecutor(1) as scorer:  # scores a batch while the next one is sampled; one thread, so always in order
+        for i in range(0, len(prompts), settings.sample_batch):
+            batch = prompts[i : i + settings.sample_batch]
+            parts.append(rollout(policy, batch, settings.eta, generator))
+            scores.append(scorer.submit(score, terms, policy.decode(parts[-1][0][:, -1]), batch))
+            tick()
+    x, logp = (torch.cat(part) for part in zip(*parts))
+    return x, logp, torch.cat([future.result() for future in scores])
 
 
 # ---------------------------------------------------------------- advantages
@@ -389,17 +486,13 @@ class PromptStats:
         rewards = np.asarray(rewards, dtype=np.float64)  # integers would cut the advantages off
         if rewards.shape != (len(prompts),):
             raise ValueError(f"{len(prompts)} prompts need rewards of shape ({len(prompts)},), not {rewards.shape}")
-        for prompt, reward in zip(prompts, rewards):
-            self.buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(float(reward))
+        for prompt, reward in zip(prompts, rewards.tolist()):
+            self.buffers.setdefault(prompt, []).append(reward)
+        for prompt, count in Counter(prompts).items():  # remember at least those of this batch: there may be only one prompt
+            self.buffers[prompt] = self.buffers[prompt][-max(self.buffer_size, count) :]
         own = [self.buffers[p] if len(self.buffers[p]) >= self.min_count else rewards for p in prompts]
         adv = [(r - np.mean(past)) / (np.std(past) + 1e-6) for r, past in zip(rewards, own)]
         return torch.tensor(adv, dtype=torch.float32)
-
-    def state_dict(self):
-        return {prompt: list(buffer) for prompt, buffer in self.buffers.items()}
-
-    def load_state_dict(self, state):
-        self.buffers = {prompt: deque(past, maxlen=self.buffer_size) for prompt, past in state.items()}
 
 
 # ---------------------------------------------------------------- objectives
@@ -417,17 +510,51 @@ def reinforce_loss(logp, adv):
     return -adv * logp
 
 
+def kl_to_pretrained(policy, eps, x_t, t, cond, eta):
+    """KL(p_theta || p_pretrained) of denoising steps in nats, (B,). The two Gaussians share their std, so it is exact:
+    ||mean - mean_pretrained||^2 / (2 std^2). Summed over a trajectory it bounds the KL between the two models' images."""
+    LoRALinear.on = False
+    with torch.no_grad():
+        eps_pretrained = policy.predict(x_t, t, cond)
+    LoRALinear.on = True
+    mean, std = ddim_mean_std(policy.scheduler, eps, t, x_t, eta)
+    mean_pretrained, _ = ddim_mean_std(policy.scheduler, eps_pretrained, t, x_t, eta)
+    return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
+
+
+# ---------------------------------------------------------------- over-optimisation
+
+
+@torch.no_grad()
+def measure_kl(policy, x, cond, settings, generator):
+    """Nats per trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained model: an unbiased estimate,
+    from all steps of a sixteenth of the images, which costs about a thirtieth of an epoch."""
+    images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
+    total, t = 0.0, policy.scheduler.timesteps
+    for i, j in (micro.unbind(1) for micro in torch.cartesian_prod(images, policy.random_steps).split(settings.micro_batch)):
+        eps = policy.predict(x[i, j], t[j], cond[i])
+        total += kl_to_pretrained(policy, eps, x[i, j], t[j], cond[i], settings.eta).sum()
+    return float(total) / len(images)
+
+
+def spread(x_0, prompts):
+    """Mean distance between the final latents (N, C, H, W) of the same prompt; None if no prompt has two."""
+    groups = [[i for i, p in enumerate(prompts) if p == prompt] for prompt in dict.fromkeys(prompts)]
+    distances = torch.cat([torch.pdist(x_0[group].flatten(1)) for group in groups])
+    return distances.mean().item() if len(distances) else None
+
+
 # ---------------------------------------------------------------- update
 
 
-def update(policy, optimizer, scaler, samples, settings, generator, tick=lambda: None):
+def update(run, samples, generator, tick=lambda: None):
     """One epoch of learning: shuffle the N images, deal them into `updates_per_epoch` shares, take one optimizer step on each.
 
-    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N, 2, L, D), adv (N,). A share's gradient is the mean over its
-    (image, step) pairs, summed up in micro-batches. Returns the epoch's metrics."""
-    x, logp_old, cond, adv = samples
+    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,). A share's gradient is the mean over its (image, step)
+    pairs, summed up in micro-batches. One that is not finite is skipped. Returns the epoch's metrics."""
+    (x, logp_old, cond, adv), settings, policy = samples, run.settings, run.policy
     t = policy.scheduler.timesteps
-    pairs_seen, totals, ratio_error, grad_norms = 0, torch.zeros(3, device=x.device), None, []
+    pairs_seen, totals, ratio_error, grad_norms, skipped = 0, torch.zeros(3, device=x.device), None, [], 0
     for share in torch.randperm(len(x), generator=generator).to(x.device).chunk(settings.updates_per_epoch):
         pairs = torch.cartesian_prod(share, policy.trained_steps)  # (images * steps, 2)
         worst = []
@@ -435,159 +562,314 @@ def update(policy, optimizer, scaler, samples, settings, generator, tick=lambda:
             eps = policy.predict(x[i, j], t[j], cond[i])
             _, logp = ddim_step(policy.scheduler, eps, t[j], x[i, j], settings.eta, x_prev=x[i, j + 1])
             if settings.objective == "clipped":
-                loss = clipped_loss(logp, logp_old[i, j], adv[i], settings.clip_range)
+                loss = clipped_loss(logp, logp_old[i, j], adv[i], policy.clip_range)
             else:
                 loss = reinforce_loss(logp, adv[i])
-            scaler.scale(loss.sum() / len(pairs)).backward()
+            if settings.kl_coef:  # over the dimensions, like logp: so a nat costs kl_coef in advantage
+                kl = kl_to_pretrained(policy, eps, x[i, j], t[j], cond[i], settings.eta)
+                loss = loss + settings.kl_coef * kl / x[0, 0].numel()
+            run.scaler.scale(loss.sum() / len(pairs)).backward()
             with torch.no_grad():
                 log_ratio = logp - logp_old[i, j]
                 off = (log_ratio.exp() - 1).abs()
                 worst.append(off.max())
-                totals += torch.stack([loss.sum(), (off > settings.clip_range).sum(), (log_ratio**2).sum() / 2])
+                totals += torch.stack([loss.sum(), (off > policy.clip_range).sum(), (log_ratio**2).sum() / 2])
         if ratio_error is None:
             ratio_error = torch.stack(worst).max().item()  # nothing has been updated yet, so this should be 0
-        scaler.unscale_(optimizer)
-        grad_norms.append(nn.utils.clip_grad_norm_(policy.lora, settings.grad_clip).item())
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        run.scaler.unscale_(run.optimizer)
+        grad_norms.append(nn.utils.clip_grad_norm_(policy.weights, settings.grad_clip).item())
+        if math.isfinite(grad_norms[-1]):  # a loss or log-probability that is not finite shows here too
+            run.scaler.step(run.optimizer)
+        else:
+            skipped += 1
+        run.scaler.update()
+        run.optimizer.zero_grad()
         pairs_seen += len(pairs)
         tick()
     loss, clip_fraction, approx_kl = (totals / pairs_seen).tolist()
     return {"loss": loss, "ratio_error": ratio_error, "clip_fraction": clip_fraction, "approx_kl": approx_kl,
-            "grad_norm": float(np.mean(grad_norms))}  # fmt: skip
+            "grad_norm": float(np.mean(grad_norms)), "skipped": skipped}  # fmt: skip
 
 
-# ---------------------------------------------------------------- pictures, metrics, the run folder
+# ---------------------------------------------------------------- state
 
 
-def picture(images, captions, path, per_row, tile=144):
-    """Save images (n, 3, H, W) as a grid, each with its caption below."""
-    rows = math.ceil(len(images) / per_row)
-    canvas = Image.new("RGB", (per_row * tile, rows * (tile + 16)), "white")
-    for k, (image, caption) in enumerate(zip(rewards.to_pil(images), captions)):
-        x, y = k % per_row * tile, k // per_row * (tile + 16)
-        canvas.paste(image.resize((tile - 4, tile - 4), Image.BICUBIC), (x + 2, y + 2))
-        ImageDraw.Draw(canvas).text((x + 4, y + tile), caption, fill="black")
-    canvas.save(path)
+@contextmanager
+def whole_file(path):
+    """A temporary name to write to, which becomes `path` once all is on the disk: a kill leaves the old file or the new one."""
+    tmp = path.with_name(path.name + ".tmp")
+    with explained(f"cannot write {path}; what was saved before is whole"):
+        try:
+            yield tmp
+            with open(tmp, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)  # what Ctrl-C or a full disk left half
 
 
-def look(policy, reward_fn, prompts, settings, path):
-    """Sample the same prompts from the same noise every time and save the picture. Returns images, captions, mean reward."""
-    prompts = [prompts[i % len(prompts)] for i in range(settings.grid_images)]
-    generator = torch.Generator(policy.device).manual_seed(settings.seed + 1)
-    images = sample(policy, prompts, settings, generator)[2]
-    reward = score(settings.reward, reward_fn, images, prompts)
-    captions = [f"{prompt[:16]}  {r:.2f}" for prompt, r in zip(prompts, reward)]
-    picture(images, captions, path, per_row=math.ceil(len(prompts) / 2))
-    return images.cpu(), captions, reward.mean().item()
+def random_numbers(settings, epoch, device):
+    """Generators for the images and for prompts and batches. They depend on the seed and the epoch's number alone, so a resumed
+    run draws what it would have drawn; epoch 0 is that of the looks. Also seeds the global ones, for rewards that use them."""
+    seed = (1_000_000 * settings.seed + epoch) % 2**32
+    transformers.set_seed(seed)
+    return torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
+
+
+class Run:
+    """All that the next epoch depends on besides the settings: what --resume needs."""
+
+    def __init__(self, settings, policy):
+        self.settings, self.policy = settings, policy
+        self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, (0.9, 0.999), 1e-8, settings.weight_decay)
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+        group = settings.samples_per_prompt
+        self.stats = PromptStats(settings.stats_buffer, min(settings.stats_min_count, group if group > 1 else math.inf))
+        self.log, self.first_spread = [], None  # the rows of metrics.csv, one an epoch; the first epoch's `spread`
+
+    def too_far(self, row):
+        """Whether the KL of an epoch is past --kl-stop."""
+        return self.settings.kl_stop > 0 and (row.get("kl") or 0) > self.settings.kl_stop
+
+    def save(self, folder):
+        """Write the state after the newest epoch; the one before it is kept too."""
+        state = {"weights": self.policy.weights, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                 "stats": self.stats.buffers, "log": self.log, "first_spread": self.first_spread}  # fmt: skip
+        path = folder / f"state_{self.log[-1]['epoch']:05d}.pt"
+        with whole_file(path) as tmp, open(tmp, "wb") as file:
+            torch.save(state, file)
+        states = sorted(folder.glob("state_*.pt"))
+        now = states.index(path)
+        for old in states[: max(now - 1, 0)] + states[now + 1 :]:  # later ones are of a branch that was left by resuming before
+            old.unlink()
+
+    def load(self, path):
+        """Take over a saved state; UserError if the file is damaged or of another kind of run."""
+        earlier = [f"--resume {p}" for p in sorted(path.parent.glob("state_*.pt")) if p < path]
+        with explained(f"{path} is damaged or of another kind of run; before it: {earlier[-1] if earlier else 'none'}"):
+            if broken := ZipFile(path).testzip():
+                raise ValueError(f"the checksum of {broken} is wrong")  # torch does not look at it
+            state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file must not run code
+            for weight, saved in zip(self.policy.weights, state["weights"], strict=True):
+                weight.data.copy_(saved)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.stats.buffers, self.log, self.first_spread = state["stats"], state["log"], state["first_spread"]
+        for group in self.optimizer.param_groups:
+            group.update(lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+
+
+CHANGEABLE = "epochs lr weight_decay grad_clip kl_stop save_every eval_every micro_batch reward_batch_size reward_device".split()
+
+
+def reopen(name, flags):
+    """Settings, folder and state file (None before the first) of the run to go on with: `name` is its folder or one of its
+    state files, or empty for the newest run in runs/. Only settings that do not make it another experiment may change."""
+    runs = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.parent.stat().st_mtime)
+    if not name and not runs:
+        raise UserError("--resume: there is no run in runs/; name its folder")
+    path = Path(name) if name else runs[-1].parent
+    folder = path.parent if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume {path}: no run there; name a folder with a config.json, or a state file in one")
+    old = make_settings({}, folder / "config.json")
+    changes = {f: f"--{f.replace('_', '-')} {getattr(old, f)} -> {flags[f]}" for f in flags if flags[f] != getattr(old, f)}
+    if refused := [text for f, text in changes.items() if f not in CHANGEABLE]:
+        raise UserError(f"--resume {folder}: {', '.join(refused)} would make it another experiment; start a new run")
+    new = dataclasses.replace(old, **flags)
+    states = [path] if path.is_file() else sorted(folder.glob("state_*.pt"))
+    print("resumes  " + ", ".join([str(states[-1] if states else folder), *changes.values()]))
+    return new, folder, states[-1] if states else None
+
+
+# ---------------------------------------------------------------- the run folder
 
 
 def make_run_folder(settings):
     """A new folder for this run; one that holds anything is never written to."""
-    names = (f"runs/{settings.reward}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-    try:
-        out = Path(settings.out or next(name for name in names if not os.path.exists(name)))
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(f"--out {out} is not empty; name another folder, or leave --out away")
-        (out / "samples").mkdir(parents=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {settings.out}: cannot make that folder ({error})") from None
-    return out
+    base = "runs/" + re.sub(r"[^\w.-]+", "_", settings.reward).strip("_")
+    names = (base + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    with explained(f"--out {settings.out}: cannot make that folder"):
+        folder = Path(settings.out or next(name for name in names if not os.path.exists(name)))
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"--out {folder} is not empty; name another folder, or leave --out away (or --resume {folder})")
+        (folder / "samples").mkdir(parents=True)
+    return folder
 
 
-def log_metrics(path, row):
-    """Append a row to the csv file, the header first; what is written stays written if the run is killed."""
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+def write_config(settings, folder, device):
+    """config.json: the settings, for --config and --resume, and what the run is made with."""
+    made_with = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    made_with["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    failed, commit = subprocess.getstatusoutput(f'git -C "{EXAMPLES}" describe --always --dirty --abbrev=40')
+    made_with["git"] = None if failed else commit
+    with whole_file(folder / "config.json") as tmp:
+        tmp.write_text(json.dumps({**dataclasses.asdict(settings), "made_with": made_with}, indent=2) + "\n")
+
+
+def write_metrics(log, folder):
+    """metrics.csv, from the rows of all epochs."""
+    with whole_file(folder / "metrics.csv") as tmp, open(tmp, "w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(column for row in sorted(log, key=len)[::-1] for column in row))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in log)
+
+
+def look(policy, terms, prompts, settings, folder, epoch, tile=144):
+    """Sample the same prompts from the same noise every time, save them below those of epoch 0, return the mean reward."""
+    prompts = [prompts[i % len(prompts)] for i in range(settings.eval_images)]
+    x, _, scores = sample(policy, terms, prompts, settings, random_numbers(settings, 0, policy.device)[0])
+    reward = scores @ torch.tensor([weight for _, weight, _ in terms])
+    first, path = (folder / "samples" / f"epoch_{n:04d}.png" for n in (0, epoch))
+    canvas = Image.new("RGB", (len(prompts) * tile, (tile + 16) * (2 if epoch else 1)), "white")
+    if epoch:
+        canvas.paste(Image.open(first))
+    for k, prompt in enumerate(prompts):
+        corner = k * tile + 2, canvas.height - tile - 14
+        image = rewards.to_pil(policy.decode(x[k : k + 1, -1]))[0]
+        canvas.paste(image.resize((tile - 4, tile - 4), Image.BICUBIC), corner)
+        ImageDraw.Draw(canvas).text((corner[0], canvas.height - 16), f"{prompt[:16]}  {reward[k]:.2f}", fill="black")
+    with whole_file(path) as tmp:
+        canvas.save(tmp, "PNG")
+    return reward.mean().item()
 
 
 # ---------------------------------------------------------------- train
 
 
-def train(settings):
-    """Run DDPO. Returns the run folder."""
+def train(run, terms, prompts, eval_prompts, folder):
+    """The epochs of DDPO: draw prompts, sample and score, compare, update, look, log, save."""
+    settings, policy, log, group = run.settings, run.policy, run.log, run.settings.samples_per_prompt
+    ticks, start = math.ceil(settings.images_per_epoch / settings.sample_batch) + settings.updates_per_epoch, time.time()
+    if log:
+        start -= log[-1]["seconds"]
+    else:
+        before = look(policy, terms, eval_prompts, settings, folder, 0)
+        log.append({"epoch": 0, "queries": 0, "eval_reward": before, "seconds": time.time() - start})
+    bar = tqdm(total=settings.epochs * ticks, initial=log[-1]["epoch"] * ticks, unit="batch")
+    while log[-1]["epoch"] < settings.epochs and not run.too_far(log[-1]):
+        epoch = log[-1]["epoch"] + 1
+        noise, choice = random_numbers(settings, epoch, policy.device)
+        chosen = torch.randint(len(prompts), (settings.images_per_epoch // group,), generator=choice)
+        drawn = [prompts[i] for i in chosen for _ in range(group)]
+        x, logp_old, scores = sample(policy, terms, drawn, settings, noise, bar.update)
+        reward, cond = scores @ torch.tensor([weight for _, weight, _ in terms]), policy.encode(drawn)
+        adv = run.stats.advantages(drawn, reward).clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
+
+        row = {"epoch": epoch, "queries": epoch * len(drawn)}
+        row |= {"reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
+        row |= {label: mean for (label, _, _), mean in zip(terms, scores.mean(0).tolist()) if len(terms) > 1}
+        row["kl"] = measure_kl(policy, x, cond, settings, choice) if settings.lora_rank else None
+        now = spread(x[:, -1], drawn)
+        run.first_spread = run.first_spread or now
+        row["diversity"] = now and now / run.first_spread
+        if not run.too_far(row):
+            row |= update(run, (x, logp_old, cond, adv), choice, bar.update)
+        last = epoch == settings.epochs or run.too_far(row)
+        if last or epoch % settings.eval_every == 0:
+            row["eval_reward"] = look(policy, terms, eval_prompts, settings, folder, epoch)
+        row["seconds"] = time.time() - start
+        log.append(row)
+        write_metrics(log, folder)
+        if last or epoch % settings.save_every == 0:
+            if settings.lora_rank:
+                save_lora(policy.unet, folder / "pytorch_lora_weights.safetensors")
+            run.save(folder)
+        bar.write("epoch {epoch:3d}  reward {reward_mean:.3f} +- {reward_std:.3f}  {seconds:.0f} s".format(**row))
+        bar.set_postfix(reward=row["reward_mean"], kl=row["kl"])
+        if row.get("skipped"):
+            bar.write(f"epoch {epoch:3d}  {row['skipped']} of {settings.updates_per_epoch} updates skipped: not finite")
+        if all(past.get("skipped") == settings.updates_per_epoch for past in log[-3:]):
+            raise UserError(f"no update of 3 epochs was finite; {folder} has the weights before them: try a lower --lr or fp32")
+    bar.close()
+    if run.too_far(log[-1]):
+        print(f"stopped at {log[-1]['kl']:.1f} nats from the pretrained model, past --kl-stop {settings.kl_stop}")
+
+
+def launch(settings, folder=None, state=None):
+    """Set up a run, or the one in `folder` again from its file `state`, train, and say what came of it. Returns the folder."""
     prompts = load_prompts(settings.prompts)
+    eval_prompts = load_prompts(settings.eval_prompts) if settings.eval_prompts else prompts
     device = pick_device(settings.device)
-    reward_fn = rewards.load_reward(settings.reward)
-    torch.manual_seed(settings.seed)
+    reward_device = pick_device(settings.reward_device) if settings.reward_device else device
+    terms = rewards.load_rewards(settings.reward, settings.monitor, reward_device, settings.reward_batch_size)
+    random_numbers(settings, 0, device)  # seeds the LoRA
     torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
     policy = Policy(settings, device)
-    optimizer = torch.optim.AdamW(policy.lora, settings.lr, (0.9, 0.999), 1e-8, settings.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=policy.dtype == torch.float16)
-    stats = PromptStats(settings.stats_buffer, settings.stats_min_count)
-    noise = torch.Generator(device).manual_seed(settings.seed)
-    choice = torch.Generator().manual_seed(settings.seed)
-    out = make_run_folder(settings)
-    introduce(settings, policy, prompts, out)
-
-    batches = math.ceil(settings.images_per_epoch / settings.sample_batch)
-    bar = tqdm(total=settings.epochs * (batches + settings.updates_per_epoch), unit="batch")
-    start = time.time()
-    before = after = look(policy, reward_fn, prompts, settings, out / "samples" / "epoch_0000.png")
-    for epoch in range(1, settings.epochs + 1):
-        drawn = [prompts[i] for i in torch.randint(len(prompts), (settings.images_per_epoch,), generator=choice)]
-        x, logp_old, images = sample(policy, drawn, settings, noise, bar.update)
-        reward = score(settings.reward, reward_fn, images, drawn)
-        adv = stats.advantages(drawn, reward).clamp(-settings.adv_clip, settings.adv_clip).to(device)
-        metrics = update(policy, optimizer, scaler, (x, logp_old, policy.encode(drawn), adv), settings, choice, bar.update)
-
-        save_lora(policy.unet, out / "pytorch_lora_weights.safetensors")
-        seconds, mean, std = time.time() - start, reward.mean().item(), reward.std().item()
-        row = {"epoch": epoch, "queries": epoch * len(drawn), "seconds": seconds, "reward_mean": mean, "reward_std": std}
-        log_metrics(out / "metrics.csv", {**row, **metrics})
-        bar.set_postfix(reward=f"{mean:.3f}")
-        bar.write(f"epoch {epoch:3d}  reward {mean:.3f} +- {std:.3f}  clipped {metrics['clip_fraction']:.0%}  {seconds:.0f} s")
-        if epoch % settings.sample_every == 0 or epoch == settings.epochs:
-            after = look(policy, reward_fn, prompts, settings, out / "samples" / f"epoch_{epoch:04d}.png")
-    bar.close()
-    picture(torch.cat([before[0], after[0]]), before[1] + after[1], out / "before_after.png", per_row=len(before[0]))
-    print(f"\nReward on the same prompts and noise: {before[2]:.3f} before, {after[2]:.3f} after; see {out / 'before_after.png'}")
-    print(f"The LoRA is in {out}; in diffusers (with peft installed): pipe.load_lora_weights({str(out)!r})")
-    return out
+    if not policy.latent:
+        prompts = eval_prompts = [""]
+    run = Run(settings, policy)
+    if state:
+        run.load(state)
+    folder = folder or make_run_folder(settings)
+    write_config(settings, folder, device)
+    introduce(settings, policy, prompts, folder)
+    try:
+        train(run, terms, prompts, eval_prompts, folder)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; go on with: python ddpo.py --resume {folder}") from None
+    looks = [row for row in run.log if "eval_reward" in row]
+    before, after = looks[0], looks[-1]
+    print(f"\nReward on the same prompts and noise: {before['eval_reward']:.3f} before, {after['eval_reward']:.3f} after; see "
+          f"{folder / 'samples'}/epoch_{after['epoch']:04d}.png")  # fmt: skip
+    if settings.lora_rank:
+        print(f"The LoRA is in {folder}; in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})")
+    else:
+        result = str(folder / "pipeline")
+        policy.pipe.to(torch.float32).save_pretrained(result)
+        print(f"The pipeline is in {result}; in diffusers: DiffusionPipeline.from_pretrained({result!r})")
+    return folder
 
 
-def introduce(settings, policy, prompts, out):
+def introduce(settings, policy, prompts, folder):
     """Say what is about to run, and what it will cost."""
-    s, images, trained = settings, settings.images_per_epoch, len(policy.trained_steps)
-    bundled = "the bundled one; for Stable Diffusion: --model stable-diffusion-v1-5/stable-diffusion-v1-5"
-    print(f"model    {s.model}" + (f" ({bundled})" if s.model == Settings.model else ""))
-    print(f"reward   {s.reward}, {len(prompts)} prompts")
-    print(f"trains   {sum(p.numel() for p in policy.lora):,} LoRA weights on {policy.device} in {str(policy.dtype)[6:]}")
-    print(f"epoch    {images} images of {s.steps} steps; {images * trained} (image, step) pairs, {s.updates_per_epoch} updates")
-    print(f"run      {s.epochs} epochs = {s.epochs * images} reward queries; results go to {out}", flush=True)
+    s, pairs = settings, settings.images_per_epoch * len(policy.trained_steps)
+    bundled = "(the bundled one; for Stable Diffusion: --model stable-diffusion-v1-5/stable-diffusion-v1-5)"
+    print(f"model    {s.model} {bundled if s.model == Settings.model else ''}")
+    print(f"reward   {s.reward}, " + (f"{len(prompts)} prompts" if policy.latent else "no prompts"))
+    print(f"trains   {sum(p.numel() for p in policy.weights):,} weights on {policy.device} in {str(policy.dtype)[6:]}")
+    print(f"epoch    {s.images_per_epoch} images of {s.steps} steps; {pairs} (image, step) pairs, {s.updates_per_epoch} updates")
+    print(f"run      {s.epochs} epochs = {s.epochs * s.images_per_epoch} reward queries; results go to {folder}", flush=True)
 
 
 # ---------------------------------------------------------------- main
 
 
 def parse(argv=None):
-    """Settings from the command line; every field of Settings is a flag."""
+    """The command line, in which every field of Settings is a flag, as the arguments of `train`."""
     about = "Fine-tune a diffusion model on a reward with DDPO. A model folder's ddpo.json overrides the defaults shown here."
     parser = argparse.ArgumentParser("ddpo.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(Settings):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(), help=text)
+    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json, but for --out; flags override them")
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
+                        help="go on with a run: its folder or a state file in it; by default the newest in runs/")  # fmt: skip
     flags = vars(parser.parse_args(argv))
+    config, resume = flags.pop("config", None), flags.pop("resume", None)
     try:
-        return make_settings(flags)
+        if config and resume is not None:
+            raise UserError("--config starts a new run, --resume goes on with an old one: use one of them")
+        if resume is not None:
+            return reopen(resume, flags)
+        return make_settings({"out": "", **flags} if config else flags, config), None, None  # not into the old run's folder
     except UserError as error:
         parser.exit(2, f"ddpo.py: error: {error}\n")
 
 
 def main(argv=None):
     """Run from the command line; a mistake ends in one line and a non-zero status."""
-    settings = parse(argv)
+    settings, folder, state = parse(argv)
     try:
-        train(settings)
+        launch(settings, folder, state)
     except UserError as error:
         sys.exit(f"ddpo.py: error: {error}")
+    except torch.cuda.OutOfMemoryError:
+        s = settings
+        knobs = f"--micro-batch {s.micro_batch}, --sample-batch {s.sample_batch}, --precision {s.precision}"
+        sys.exit(f"ddpo.py: error: out of GPU memory; present values: {knobs}; what was saved can be resumed")
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The weights of the last finished epoch are in the run folder.")
+        sys.exit("\nddpo.py: stopped; nothing had begun")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,28 @@
 
     reward(images, prompts) -> (B,) float32     images: (B, 3, H, W) float in [0, 1]; prompts: B strings; higher is better
 
-To add one, write a function like those below and put it into REWARDS.
+REWARDS holds those that need no model. MODEL_REWARDS holds loaders: a loader takes the ids (or local folders) of its models,
+loads them once and returns the reward. To add one of your own, write a function into any file and name it on the command
+line, `--reward path/to/file.py:function`; examples/my_reward.py shows it.
 """
 
+import importlib.util
+import inspect
 import io
+import math
+import re
+import sys
+import textwrap
+import traceback
+from pathlib import Path
 
+import huggingface_hub
+import safetensors.torch
 import torch
+import torch.nn.functional as F
+import transformers
 from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 
 class UserError(Exception):
@@ -19,6 +34,9 @@ def to_pil(images):
     """(B, 3, H, W) float in [0, 1] -> B PIL images; pixels are rounded to the nearest of 256 levels, not cut off."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()  # (B, H, W, 3)
     return [Image.fromarray(p) for p in pixels.numpy()]
+
+
+# ---------------------------------------------------------------- the size of a file
 
 
 def jpeg_kilobytes(image):
@@ -38,11 +56,318 @@ def compressibility(images, prompts):
     return -incompressibility(images, prompts)
 
 
-REWARDS = {"compressibility": compressibility, "incompressibility": incompressibility}
+# ---------------------------------------------------------------- loading models
 
 
-def load_reward(name):
-    """The reward function of that name; UserError with the list of names if there is none."""
-    if name not in REWARDS:
-        raise UserError(f"--reward {name}: unknown; choose from {', '.join(REWARDS)}")
-    return REWARDS[name]
+def first_line(error):
+    """What an exception says, in one line."""
+    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 250, placeholder=" ...")
+
+
+def fetch(load, name, **options):
+    """load(name), such as AutoModel.from_pretrained, with the name in the UserError if neither disk nor hub has it."""
+    try:
+        return load(name, **options)
+    except Exception as error:  # whatever is wrong with the files or the network, the library's first line says it
+        raise UserError(f"cannot load {name} ({first_line(error)})") from None
+
+
+def load_model(kind, name, device):
+    """A frozen model in float32; on CUDA in half precision: that of the checkpoint (what was trained in bf16 can overflow
+    in fp16), else fp16."""
+    cuda = torch.device(device).type == "cuda"
+    dtype = "auto" if cuda else torch.float32
+    net, report = fetch(kind.from_pretrained, name, torch_dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):  # transformers would make these up, and a random judge still gives scores
+        raise UserError(f"cannot load {name} ({len(missing)} weights are not in it, such as {missing[0]})")
+    net = net.half() if cuda and net.dtype == torch.float32 else net
+    return net.to(device).eval().requires_grad_(False)
+
+
+def in_batches(score, batch_size):
+    """The reward function of `score`, which maps a list of PIL images and their prompts to (B,), a batch at a time."""
+
+    @torch.no_grad()
+    def reward(images, prompts):
+        pil, n = to_pil(images), batch_size
+        return torch.cat([score(pil[i : i + n], prompts[i : i + n]).float().cpu() for i in range(0, len(pil), n)])
+
+    return reward
+
+
+# ---------------------------------------------------------------- CLIP and what stands on it
+
+
+def load_clip(model, processor, device):
+    """A CLIP-type model as two functions, of B PIL images and of B prompts, each to (B, D) unit vectors in float32, and its
+    logit scale. Prompts are cut off at the model's length, as in its training."""
+    net, prepare = load_model(AutoModel, model, device), fetch(AutoProcessor.from_pretrained, processor)
+    length = net.config.text_config.max_position_embeddings
+
+    def unit(features):
+        features = getattr(features, "pooler_output", features)  # an object since transformers 5, a tensor before
+        return F.normalize(features.float(), dim=-1)
+
+    def see(images):
+        pixels = prepare(images=images, return_tensors="pt")["pixel_values"]
+        return unit(net.get_image_features(pixel_values=pixels.to(device, net.dtype)))
+
+    def read(prompts):
+        tokens = prepare(text=prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return unit(net.get_text_features(**tokens.to(device)))
+
+    return see, read, net.logit_scale.float().exp()
+
+
+def clipscore(model="openai/clip-vit-large-patch14", *, device, batch_size):
+    """Cosine of the embeddings of image and prompt."""
+    see, read, _ = load_clip(model, model, device)
+    return in_batches(lambda images, prompts: (see(images) * read(prompts)).sum(-1), batch_size)
+
+
+def pickscore(model="yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", *, device, batch_size):
+    """The same cosine times the logit scale, of a CLIP trained on which of two images people picked (Kirstain et al. 2023)."""
+    see, read, scale = load_clip(model, processor, device)
+    return in_batches(lambda images, prompts: scale * (see(images) * read(prompts)).sum(-1), batch_size)
+
+
+def aesthetic(clip="openai/clip-vit-large-patch14", head="ttj/sac-logos-ava1-l14-linearMSE", *, device, batch_size):
+    """How people would rate the looks of the image from 1 to 10, whatever the prompt, by LAION's predictor."""
+    see, _, _ = load_clip(clip, clip, device)
+    weight, bias = load_laion_head(head)
+    return in_batches(lambda images, prompts: see(images).cpu() @ weight + bias, batch_size)
+
+
+def load_laion_head(name):
+    """(D,) weight and bias of LAION's head, from a file, a folder or a hub id. It is five linear layers with only dropout
+    between them: at inference, one affine map."""
+    path = Path(name)
+    if not path.exists():
+        path = Path(fetch(huggingface_hub.snapshot_download, name, allow_patterns=["*.safetensors", "*.pth", "*.pt"]))
+    if path.is_dir():
+        files = [file for ending in ("safetensors", "pth", "pt") for file in sorted(path.glob(f"*.{ending}"))]
+        if not files:
+            raise UserError(f"cannot load {name} (no .safetensors, .pth or .pt file in it)")
+        path = files[0]
+    if path.suffix == ".safetensors":
+        layers = fetch(safetensors.torch.load_file, path)
+    else:
+        layers = fetch(torch.load, path, map_location="cpu", weights_only=True)  # a pickle could run anything otherwise
+    weight, bias = torch.ones(1, 1), torch.zeros(1)
+    for i in (7, 6, 4, 2, 0):  # the numbers in between were dropout
+        if f"layers.{i}.weight" not in layers:
+            raise UserError(f"cannot load {path} (no layers.{i}.weight in it)")
+        bias = bias + weight @ layers[f"layers.{i}.bias"].float()
+        weight = weight @ layers[f"layers.{i}.weight"].float()
+    return weight[0], bias
+
+
+# ---------------------------------------------------------------- vision-language models
+
+
+def load_vlm(model, device):
+    """A vision-language model as two functions. ask(B PIL images, B questions, most tokens) -> B greedy answers and the
+    logits (B, V) of their first token. first_token(answer) -> id of the token that such an answer would begin with."""
+    net, prepare = load_model(AutoModelForImageTextToText, model, device), fetch(AutoProcessor.from_pretrained, model)
+    prepare.tokenizer.padding_side = "left"  # the answer follows the last token of every row
+
+    def chat(question, answer=None):
+        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        if answer:
+            turns += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        return prepare.apply_chat_template(turns, add_generation_prompt=not answer)
+
+    def ask(images, questions, most_tokens):
+        texts, bos = [chat(question) for question in questions], prepare.tokenizer.bos_token
+        special = not (bos and texts[0].startswith(bos))  # some templates begin with the token that the tokenizer adds
+        rest = {"text": texts, "add_special_tokens": special, "padding": True, "return_tensors": "pt"}
+        try:
+            inputs = prepare(images=[[image] for image in images], **rest)  # SmolVLM2 would take a flat list for one row's images
+        except ValueError:  # LLaVA in transformers 4.48 takes nothing else
+            inputs = prepare(images=images, **rest)
+        out = net.generate(**inputs.to(device, net.dtype), max_new_tokens=most_tokens, do_sample=False, num_beams=1,
+                           output_logits=True, return_dict_in_generate=True)  # fmt: skip
+        answers = prepare.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answers, out.logits[0].float()
+
+    def first_token(answer):
+        # "Yes" and " Yes" are two tokens, and which one a model has learned to say depends on how its template goes on.
+        asked, answered = (prepare.tokenizer(chat("?", a), add_special_tokens=False)["input_ids"] for a in (None, answer))
+        if answered[: len(asked)] != asked:
+            raise UserError(f"{model} has a chat template that does not continue the question with the answer")
+        return answered[len(asked)]
+
+    return ask, first_token
+
+
+def vqa(vlm="HuggingFaceTB/SmolVLM-500M-Instruct", *, device, batch_size):
+    """A vision-language model as judge: its probability of Yes against No (after VQAScore, Lin et al. 2024)."""
+    ask, first_token = load_vlm(vlm, device)
+    yes, no = first_token("Yes"), first_token("No")
+    if yes == no:
+        raise UserError(f"{vlm} begins Yes and No with the same token")
+
+    def score(images, prompts):
+        _, logits = ask(images, [f'Does this figure show "{prompt}"? Please answer Yes or No.' for prompt in prompts], 1)
+        return torch.sigmoid(logits[:, yes] - logits[:, no])  # P(Yes) / (P(Yes) + P(No))
+
+    return in_batches(score, batch_size)
+
+
+def alignment(vlm="llava-hf/llava-1.5-7b-hf", bert="microsoft/deberta-xlarge-mnli", layer="40", *, device, batch_size):
+    """How much of the prompt a vision-language model's description of the image recalls (Black et al., section 5.3)."""
+    (ask, _), recall = load_vlm(vlm, device), load_bertscore(bert, int(layer), device)
+
+    def score(images, prompts):
+        answers, _ = ask(images, ["Answer concisely: what is going on in this image?"] * len(images), 64)
+        return recall(answers, [f"The image contains {prompt}" for prompt in prompts])
+
+    return in_batches(score, batch_size)
+
+
+def load_bertscore(bert, layer, device):
+    """BERTScore's recall (Zhang et al. 2020) as a function of B candidates and B references: each token of a reference counts
+    as much as the most similar token of its candidate. `layer` is the hidden layer to compare, 40 being right for the
+    default model alone. No rescaling, no idf weights."""
+    net, tokenizer = load_model(AutoModel, bert, device), fetch(AutoTokenizer.from_pretrained, bert)
+    if not 0 <= layer <= net.config.num_hidden_layers:
+        raise UserError(f"{bert} has hidden layers 0 to {net.config.num_hidden_layers}, not {layer}")
+    special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id], device=device)
+
+    def embed(texts):
+        tokens = tokenizer([text.strip() for text in texts], padding=True, truncation=True, return_tensors="pt").to(device)
+        hidden = net(**tokens, output_hidden_states=True).hidden_states[layer]  # (B, L, D)
+        return F.normalize(hidden.float(), dim=-1), tokens["attention_mask"].bool(), tokens["input_ids"]
+
+    def recall(candidates, references):
+        (cand, cand_real, _), (ref, ref_real, ids) = embed(candidates), embed(references)
+        # As in the authors' package, [CLS] and [SEP] of a reference do not count, but those of a candidate may be matched.
+        counted = ref_real & ~torch.isin(ids, special)  # (B, R)
+        best = (ref @ cand.mT).masked_fill(~cand_real[:, None], -1).amax(-1)  # (B, R, C) -> (B, R)
+        said = torch.tensor([bool(text.strip()) for text in candidates], device=device)  # who says nothing recalls nothing
+        return said * (best * counted).sum(-1) / counted.sum(-1)
+
+    return recall
+
+
+REWARDS = {f.__name__: f for f in (compressibility, incompressibility)}
+MODEL_REWARDS = {f.__name__: f for f in (aesthetic, alignment, clipscore, pickscore, vqa)}
+
+
+# ---------------------------------------------------------------- from the command line to functions
+
+
+def parse_mix(text):
+    """A mix such as "pickscore + 0.1*aesthetic(CLIP, HEAD)" -> [(weight, name, arguments)]: terms with + or - between them, a
+    term being a name, perhaps with a number and * before it and arguments after it. A "-" at the end of a name is part of
+    the name, so a space must part the two."""
+    terms, at = [], 0
+
+    def take(pattern, expected=None):
+        """Read on over what matches and return it. If nothing does: None, or an error if something was expected."""
+        nonlocal at
+        match = re.compile(rf"\s*({pattern})").match(text, at)
+        if not match and expected:
+            rest = text[at:].lstrip()
+            found = f"found {rest!r}" if rest else "it ends"
+            raise UserError(f"--reward {text!r}: expected {expected} at character {len(text) - len(rest) + 1}, but {found}")
+        at = match.end() if match else at
+        return match and match[1]
+
+    sign = take("[+-]")
+    while True:
+        number = take(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*\*")
+        weight = float(number[:-1] if number else 1) * (-1 if sign == "-" else 1)
+        if not math.isfinite(weight):
+            raise UserError(f"--reward {text!r}: the weight {number[:-1]} is too large")
+        name = take(r"[^\s\d()*,+-][^\s()*,+]*", "a name")
+        args = []
+        if take(r"\("):
+            args.append(take(r"[^(),]*[^(),\s]", "an argument"))
+            while not take(r"\)"):
+                take(",", "a comma or )")
+                args.append(take(r"[^(),]*[^(),\s]", "an argument"))
+        terms.append((weight, name, tuple(args)))
+        if not text[at:].strip():
+            return terms
+        sign = take("[+-]", "+ or -" if args else "+, - or (")
+
+
+def load_function(name):
+    """The function that `path/to/file.py:function` or `package.module:function` names."""
+    source, _, function = name.rpartition(":")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise UserError(f"--reward {name}: there is no file {source}")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(source, source)
+            module = sys.modules[source] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        stem = re.split(r"[./\\]", source.removesuffix(".py"))[-1]  # tells the lines of the user's file from a library's
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).stem == stem]
+        where = f"{source}, line {lines[-1]}" if lines else source
+        raise UserError(f"--reward {name}: {where}: {type(error).__name__}: {first_line(error)}") from None
+    if not callable(getattr(module, function, None)):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
+        raise UserError(f"--reward {name}: {source} has no function {function!r}; it has {', '.join(own) or 'none'}")
+    return getattr(module, function)
+
+
+def write(name, args):
+    """A term as on the command line."""
+    return f"{name}({', '.join(args)})" if args else name
+
+
+def options(name):
+    """The arguments that a reward takes on the command line, which are its models: those with a default."""
+    parameters = inspect.signature(MODEL_REWARDS[name]).parameters.values() if name in MODEL_REWARDS else []
+    return [p.name.upper() for p in parameters if p.default is not p.empty]
+
+
+def find_reward(name, args):
+    """The reward of that name, or its loader if it needs a model; UserError if there is none that takes these arguments."""
+    known = {**REWARDS, **MODEL_REWARDS}
+    if ":" not in name and name not in known:
+        own = "or a function of your own as path/to/file.py:function"
+        raise UserError(f"--reward {name}: unknown; choose from {', '.join(known)}, {own}")
+    if len(args) > len(options(name)):
+        raise UserError(f"--reward {write(name, args)}: too many arguments; what works is {write(name, options(name))}")
+    return load_function(name) if ":" in name else known[name]
+
+
+def load_model_reward(name, args, device, batch_size):
+    """Load a reward's models and score a grey image: what is missing or does not fit is said now, not after sampling."""
+    try:
+        reward = MODEL_REWARDS[name](*args, device=device, batch_size=batch_size)
+        score = reward(torch.full((1, 3, 64, 64), 0.5), ["a cat"])
+    except Exception as error:
+        what = error if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+        usage = f'other models or local folders: --reward "{write(name, options(name))}"'
+        raise UserError(f"--reward {write(name, args)}: {what}; {usage}") from None
+    if not score.isfinite().all():
+        raise UserError(f"--reward {write(name, args)}: gives a grey image {score.item()}, which is no score")
+    return reward
+
+
+def load_rewards(text, monitors="", device="cpu", batch_size=8):
+    """A mix such as "pickscore + 0.1*compressibility" -> [(label, weight, function)], followed by the monitors, which are
+    parted by commas and weigh 0. The label is the term without its weight, for a function of one's own its bare name. Every
+    name is looked up before any model is loaded."""
+    for library in (huggingface_hub.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    terms = parse_mix(text)
+    for monitor in filter(None, re.split(r",\s*(?![^()]*\))", monitors)):  # at the commas outside parentheses
+        terms += [(0.0, name, args) for _, name, args in parse_mix(monitor)]
+    labels = [write(name.rpartition(":")[2], args) for _, name, args in terms]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        hint = "add up their weights, rename one function, or leave it out of --monitor: it is logged in any case"
+        raise UserError(f"--reward {twice[0]}: two terms have this name; {hint}")
+    found = [find_reward(name, args) for _, name, args in terms]
+    for i, (_, name, args) in enumerate(terms):
+        if name in MODEL_REWARDS:
+            found[i] = load_model_reward(name, args, device, batch_size)
+    return [(label, weight, function) for label, (weight, _, _), function in zip(labels, terms, found)]

@@ -54,6 +54,13 @@ def tiny_model(tmp_path_factory):
     return str(save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "model"))
 
 
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+BRIGHTNESS = [("brightness", 1.0, brightness)]  # as rewards.load_rewards gives it
+
+
 def make_policy(model, lora_scale=0.1, **settings):
     """Policy and settings of a small run, with a LoRA that does something: B is random instead of zero."""
     import ddpo

@@ -76,13 +76,14 @@ class OneNumberPolicy:
         self.scheduler = DDIMScheduler(6, 0.2, 0.5, clip_sample=False, prediction_type="sample", **last_step_is_random)
         self.scheduler.set_timesteps(3)
         self.trained_steps = torch.arange(3)
-        self.device, self.latent_shape, self.lora = torch.device("cpu"), (1, 1, 1), [torch.tensor([THETA], requires_grad=True)]
+        self.device, self.latent_shape, self.clip_range = torch.device("cpu"), (1, 1, 1), 0.1
+        self.weights = [torch.tensor([THETA], requires_grad=True)]
 
     def encode(self, prompts):
         return torch.zeros(len(prompts), 2, 1, 1)
 
     def predict(self, x_t, t, cond):
-        return self.lora[0].expand_as(x_t)
+        return self.weights[0].expand_as(x_t)
 
     def expected_x_0(self, theta):
         """x_0 is linear in the noise, so its mean is the path without noise: diffusers' steps from 0."""
@@ -96,16 +97,16 @@ class OneNumberPolicy:
 def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective):
     """The whole chain, sampled by `rollout` and learned from by `update`, against the closed form: the mean of x_0 is linear
     in theta and its variance does not depend on it. `update` averages over the steps, so it gives a T-th of the gradient."""
-    settings = SimpleNamespace(eta=1.0, updates_per_epoch=1, micro_batch=9999, objective=objective, clip_range=0.1, grad_clip=1e9)
+    settings = SimpleNamespace(eta=1.0, updates_per_epoch=1, micro_batch=9999, objective=objective, kl_coef=0.0, grad_clip=1e9)
     generator, grads = torch.Generator().manual_seed(0), []
     for _ in range(50):
         policy = OneNumberPolicy()
-        optimizer = torch.optim.SGD(policy.lora, lr=1.0)
         x, logp = ddpo.rollout(policy, [""] * 4000, settings.eta, generator)
         reward = -((x[:, -1].flatten() - GOAL) ** 2)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        ddpo.update(policy, optimizer, scaler, (x, logp, policy.encode([""] * 4000), reward), settings, generator)
-        grads.append(policy.lora[0].item() - THETA)  # what gradient ascent with a learning rate of 1 added
+        sgd, scaler = torch.optim.SGD(policy.weights, lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
+        run = SimpleNamespace(policy=policy, settings=settings, optimizer=sgd, scaler=scaler)
+        ddpo.update(run, (x, logp, policy.encode([""] * 4000), reward), generator)
+        grads.append(policy.weights[0].item() - THETA)  # what gradient ascent with a learning rate of 1 added
     at, slope = policy.expected_x_0(THETA), policy.expected_x_0(1.0) - policy.expected_x_0(0.0)
     expected = -2 * (at - GOAL) * slope / len(policy.scheduler.timesteps)
     grads = torch.tensor(grads)

@@ -3,7 +3,7 @@ update, a gradient that the micro-batch does not change, each (image, step) pair
 
 import pytest
 import torch
-from conftest import make_policy, save_tiny_pipeline, tiny_unet
+from conftest import BRIGHTNESS, make_policy, save_tiny_pipeline, tiny_unet
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -14,23 +14,23 @@ from diffusers import (
 
 import ddpo
 
-PROMPTS = ["cat", "dog", "bee", "cat", "fox", "ant"]
+PROMPTS = ["cat", "dog", "bee", "cat", "horse", "ant"]
 ADV = torch.tensor([1.0, -0.5, 0.3, -2.0, 0.7, 0.0])
 
 
 def sampled(policy, settings, seed=0):
     """What `update` learns from."""
-    x, logp_old, _ = ddpo.sample(policy, PROMPTS, settings, torch.Generator().manual_seed(seed))
+    x, logp_old, _ = ddpo.sample(policy, BRIGHTNESS, PROMPTS, settings, torch.Generator().manual_seed(seed))
     return x, logp_old, policy.encode(PROMPTS), ADV
 
 
 def run_update(policy, settings, samples, lr=0.01, seed=0):
     """One `update` with plain gradient descent; returns its metrics and by how much the weights moved."""
-    before = [p.detach().clone() for p in policy.lora]
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    generator = torch.Generator().manual_seed(seed)
-    metrics = ddpo.update(policy, torch.optim.SGD(policy.lora, lr), scaler, samples, settings, generator)
-    return metrics, torch.cat([(b - p.detach()).flatten() for b, p in zip(before, policy.lora)])
+    before = [p.detach().clone() for p in policy.weights]
+    run = ddpo.Run(settings, policy)
+    run.optimizer = torch.optim.SGD(policy.weights, lr)
+    metrics = ddpo.update(run, samples, torch.Generator().manual_seed(seed))
+    return metrics, torch.cat([(b - p.detach()).flatten() for b, p in zip(before, policy.weights)])
 
 
 # ---------------------------------------------------------------- the ratio
@@ -43,7 +43,7 @@ def test_ratio_is_one_before_an_update(tiny_model, guidance, precision, allowed)
     policy, settings = make_policy(
         tiny_model, lora_scale=0.5, guidance_scale=guidance, precision=precision, sample_batch=4, clip_range=allowed
     )
-    assert {p.dtype for p in policy.lora} == {torch.float32}
+    assert {p.dtype for p in policy.weights} == {torch.float32}
     samples = sampled(policy, settings)
     before, _ = run_update(policy, settings, samples, lr=5.0)
     after, _ = run_update(policy, settings, samples)
@@ -143,11 +143,11 @@ def test_update_descends_the_mean_loss_whatever_the_micro_batch(tiny_model):
         logps.append(ddpo.ddim_step(policy.scheduler, policy.predict(x[:, j], t, cond), t, x[:, j], x_prev=x[:, j + 1])[1])
     ratio = (torch.stack(logps, 1) - logp_old).exp()
     objective = torch.minimum(adv[:, None] * ratio, adv[:, None] * ratio.clip(0.99, 1.01)).mean()
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(-objective, policy.lora)])
-    start = [p.detach().clone() for p in policy.lora]
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(-objective, policy.weights)])
+    start = [p.detach().clone() for p in policy.weights]
 
     for micro_batch in (1, 3, 7, 24):
-        for p, s in zip(policy.lora, start):
+        for p, s in zip(policy.weights, start):
             p.data.copy_(s)
         same = ddpo.dataclasses.replace(settings, micro_batch=micro_batch)
         metrics, moved = run_update(policy, same, (x, logp_old, cond, adv), lr=1.0)
@@ -182,8 +182,7 @@ def test_every_pair_is_learned_from_once_and_an_image_in_one_share(tiny_model, m
         share += 1
 
     monkeypatch.setattr(policy, "predict", watch)
-    ddpo.update(policy, torch.optim.SGD(policy.lora, 0.01), torch.amp.GradScaler("cpu", enabled=False), samples, settings,
-                torch.Generator().manual_seed(0), next_share)  # fmt: skip
+    ddpo.update(ddpo.Run(settings, policy), samples, torch.Generator().manual_seed(0), next_share)
     assert sorted((i, j) for _, i, j in seen) == [(i, j) for i in range(6) for j in range(4)]
     shares = [{i for s, i, _ in seen if s == k} for k in range(3)]
     assert share == 3 and [len(s) for s in shares] == [2, 2, 2] and set.union(*shares) == set(range(6))
@@ -221,9 +220,11 @@ def test_min_std_leaves_out_the_steps_that_add_little_noise(tiny_model):
 
 def test_a_trajectory_is_a_chain_of_scored_steps(tiny_model):
     policy, settings = make_policy(tiny_model, sample_batch=4)
-    x, logp, images = ddpo.sample(policy, PROMPTS, settings, torch.Generator().manual_seed(0))
-    assert x.shape == (6, 5, 4, 8, 8) and logp.shape == (6, 4) and images.shape == (6, 3, 16, 16)
-    torch.testing.assert_close(images, policy.decode(x[:, -1]), rtol=0, atol=1e-5)
+    terms = [*BRIGHTNESS, ("length", 0.5, lambda images, prompts: [len(p) for p in prompts])]
+    x, logp, scores = ddpo.sample(policy, terms, PROMPTS, settings, torch.Generator().manual_seed(0))
+    assert x.shape == (6, 5, 4, 8, 8) and logp.shape == (6, 4) and scores.shape == (6, 2) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores[:, 0], policy.decode(x[:, -1]).mean((1, 2, 3)), rtol=0, atol=1e-5)
+    assert scores[:, 1].tolist() == [len(p) for p in PROMPTS]
     cond = policy.encode(PROMPTS)
     for image in range(6):  # prompts, latents and log-probabilities belong together across batches
         for step, t in enumerate(policy.scheduler.timesteps):

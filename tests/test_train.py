@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 import ddpo
 import rewards
 
-COLUMNS = "epoch queries seconds reward_mean reward_std loss ratio_error clip_fraction approx_kl grad_norm"
+COLUMNS = "epoch queries reward_mean reward_std kl diversity loss ratio_error clip_fraction approx_kl grad_norm skipped"
 
 
 def flags(model, **settings):
-    defaults = {"epochs": 2, "steps": 3, "images_per_epoch": 8, "sample_batch": 3, "updates_per_epoch": 2, "grid_images": 7,
+    defaults = {"epochs": 2, "steps": 3, "images_per_epoch": 8, "sample_batch": 3, "updates_per_epoch": 2, "eval_images": 7,
                 "lr": 0.01, "device": "cpu", "precision": "fp32"}  # fmt: skip
     given = {"model": model, **defaults, **settings}
     return [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), str(value))]
@@ -30,25 +30,32 @@ def read_metrics(run):
 
 @pytest.mark.parametrize("objective, updates", [("clipped", 2), ("reinforce", 1)])
 def test_a_run_leaves_its_files(objective, updates, tiny_model, tmp_path, capsys):
-    argv = flags(tiny_model, out=tmp_path / "run", objective=objective, updates_per_epoch=updates, sample_every=2, epochs=3)
+    argv = flags(tiny_model, out=tmp_path / "run", objective=objective, updates_per_epoch=updates, eval_every=2, epochs=3)
     ddpo.main(argv)
     run, rows = tmp_path / "run", read_metrics(tmp_path / "run")
     assert {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} == {
-        "config.json", "metrics.csv", "before_after.png", "pytorch_lora_weights.safetensors",
+        "config.json", "metrics.csv", "pytorch_lora_weights.safetensors", "state_00002.pt", "state_00003.pt",
         "samples/epoch_0000.png", "samples/epoch_0002.png", "samples/epoch_0003.png",
     }  # fmt: skip
-    assert json.loads((run / "config.json").read_text()) == dataclasses.asdict(ddpo.parse(argv))
+    config = json.loads((run / "config.json").read_text())
+    made_with = config.pop("made_with")
+    assert config == dataclasses.asdict(ddpo.parse(argv)[0])
+    assert made_with["torch"] == torch.__version__ and made_with["device"] == "cpu"
+    assert {"diffusers", "transformers", "git"} < made_with.keys()
 
-    assert " ".join(rows[0]) == COLUMNS
-    assert [(row["epoch"], row["queries"]) for row in rows] == [("1", "8"), ("2", "16"), ("3", "24")]
-    values = torch.tensor([[float(v) for v in row.values()] for row in rows])
-    assert values.isfinite().all() and all(float(row["ratio_error"]) <= 1e-6 for row in rows)
-    assert all(-1 < float(row["reward_mean"]) < 0 for row in rows)  # a JPEG of 16 x 16 pixels has some 700 bytes
+    assert " ".join(rows[0]) == COLUMNS + " eval_reward seconds"
+    assert [(row["epoch"], row["queries"]) for row in rows] == [("0", "0"), ("1", "8"), ("2", "16"), ("3", "24")]
+    assert [row["eval_reward"] != "" for row in rows] == [True, False, True, True]  # every 2 epochs, first and last
+    values = torch.tensor([[float(v) for k, v in row.items() if k not in ("eval_reward", "diversity")] for row in rows[1:]])
+    assert values.isfinite().all() and all(float(row["ratio_error"]) <= 1e-6 for row in rows[1:])
+    assert all(-1 < float(row["reward_mean"]) < 0 for row in rows[1:])  # a JPEG of 16 x 16 pixels has some 700 bytes
 
     lora = load_file(run / "pytorch_lora_weights.safetensors")
     assert len(lora) == 64 and all(v.abs().max() > 0 for v in lora.values())
-    sizes = [Image.open(run / f"samples/epoch_{n:04d}.png").size for n in (0, 2, 3)]
-    assert sizes[0] == sizes[1] == sizes[2] and Image.open(run / "before_after.png").size >= sizes[0]
+    first, *later = (Image.open(run / f"samples/epoch_{n:04d}.png") for n in (0, 2, 3))
+    for picture in later:  # below the first look, which it repeats
+        assert picture.size == (first.width, 2 * first.height)
+        assert picture.crop((0, 0, *first.size)).tobytes() == first.tobytes()
 
     said = capsys.readouterr().out
     assert f"24 (image, step) pairs, {updates} updates" in said and "24 reward queries" in said  # what the run will cost
@@ -63,8 +70,8 @@ def test_the_seed_decides_the_run(tiny_model, tmp_path):
         rows = read_metrics(tmp_path / name)
         runs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
     assert runs[0] == runs[1]
-    assert all(a["reward_mean"] != b["reward_mean"] and a["loss"] != b["loss"] for a, b in zip(runs[0], runs[2]))
-    pictures = [(tmp_path / name / "before_after.png").read_bytes() for name in ("first", "again", "other")]
+    assert all(a["reward_mean"] != b["reward_mean"] and a["loss"] != b["loss"] for a, b in zip(runs[0][1:], runs[2][1:]))
+    pictures = [(tmp_path / name / "samples/epoch_0002.png").read_bytes() for name in ("first", "again", "other")]
     assert pictures[0] == pictures[1] != pictures[2]
 
 
@@ -90,11 +97,12 @@ def test_before_and_after_show_the_same_prompts_and_noise(tiny_model, tmp_path, 
         return images.mean((1, 2, 3))
 
     monkeypatch.setitem(rewards.REWARDS, "watch", watch)
-    ddpo.main(flags(tiny_model, reward="watch", out=tmp_path / "run", lr=1e-12, sample_every=1))
-    before, epoch_1, after_1, epoch_2, after_2 = pictures
+    ddpo.main(flags(tiny_model, reward="watch", out=tmp_path / "run", lr=1e-12, eval_every=1))
+    whole = [torch.cat(pictures[i : i + 3]) for i in range(0, 15, 3)]  # 7 or 8 images come in batches of 3
+    before, epoch_1, after_1, epoch_2, after_2 = whole
     torch.testing.assert_close(after_1, before, rtol=0, atol=1e-6)
     torch.testing.assert_close(after_2, before, rtol=0, atol=1e-6)
-    assert asked[0] == asked[2] == asked[4] and len(set(asked[0])) == 7
+    assert asked[:3] == asked[6:9] == asked[12:] and len({p for batch in asked[:3] for p in batch}) == 7
     assert (epoch_1 - epoch_2).abs().max() > 0.01 and (before[0] - before[1]).abs().max() > 0.01
 
 
@@ -103,14 +111,14 @@ def test_an_interrupted_run_keeps_what_it_has(tiny_model, tmp_path, monkeypatch)
 
     def impatient(images, prompts):
         calls.append(len(prompts))
-        if len(calls) == 3:  # the first picture, epoch 1, epoch 2
+        if len(calls) == 8:  # 3 batches of the first look, 3 of epoch 1, 2 of epoch 2
             raise KeyboardInterrupt
         return images.mean((1, 2, 3))
 
     monkeypatch.setitem(rewards.REWARDS, "impatient", impatient)
-    with pytest.raises(SystemExit, match="Stopped"):
+    with pytest.raises(SystemExit, match=f"stopped; go on with: python ddpo.py --resume {tmp_path / 'run'}"):
         ddpo.main(flags(tiny_model, reward="impatient", out=tmp_path / "run"))
-    assert calls == [7, 8, 8] and [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["1"]
+    assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["0", "1"] and not list(tmp_path.rglob("*.tmp"))
     assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 64
 
 
@@ -125,9 +133,9 @@ def test_a_reward_sees_its_own_prompts_and_any_type_will_do(tiny_model, tmp_path
         return torch.tensor([len(p) for p in prompts], dtype=torch.float64)
 
     monkeypatch.setitem(rewards.REWARDS, "length", length)
-    (tmp_path / "prompts.txt").write_text("a cat\n\n  bee \n")
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  # not this\n  bee \n")
     ddpo.main(flags(tiny_model, reward="length", prompts=tmp_path / "prompts.txt", out=tmp_path / "run"))
-    assert seen == {"a cat", "bee"} and all(3 <= float(row["reward_mean"]) <= 5 for row in read_metrics(tmp_path / "run"))
+    assert seen == {"a cat", "bee"} and all(3 <= float(row["reward_mean"]) <= 5 for row in read_metrics(tmp_path / "run")[1:])
 
 
 @pytest.mark.parametrize("objective, sign, margin", [("clipped", 1, 2.5), ("reinforce", 1, 2.5), ("clipped", -1, 0.7)])
@@ -142,5 +150,5 @@ def test_it_learns(objective, sign, margin, tmp_path, monkeypatch):
     batches = {"images_per_epoch": 64, "sample_batch": 64, "micro_batch": 96, "updates_per_epoch": updates}
     learning = {"objective": objective, "epochs": 8, "lr": 0.03, "clip_range": 0.02, "guidance_scale": 3}
     ddpo.main(flags(model, out=tmp_path / "run", reward="brightness", **batches, **learning))
-    first, *_, last = read_metrics(tmp_path / "run")
+    _, first, *_, last = read_metrics(tmp_path / "run")
     assert float(last["reward_mean"]) - float(first["reward_mean"]) > margin * float(first["reward_std"])
