@@ -438,9 +438,10 @@ def rollout(policy, prompts, eta, generator):
 
 @torch.no_grad()
 def score(terms, images, prompts):
-    """r(x_0, c) by each of the K rewards in `terms`, (B, K) float32. One that breaks its contract stops the run."""
-    columns, n = [], len(prompts)
-    for label, _, reward_fn in terms:
+    """r(x_0, c), the weighted sum of the K rewards in `terms`, and each of them: (B, 1 + K) float32. One that breaks its
+    contract stops the run."""
+    total, columns, n = 0, [], len(prompts)
+    for label, weight, reward_fn in terms:
         try:
             reward = torch.as_tensor(reward_fn(images, prompts)).detach().float().cpu()
         except (UserError, torch.cuda.OutOfMemoryError):
@@ -455,11 +456,12 @@ def score(terms, images, prompts):
             bad = int((~reward.isfinite()).nonzero()[0])
             raise UserError(f"reward {label} returned {reward[bad]} for the prompt {prompts[bad]!r}; it must be finite")
         columns.append(reward)
-    return torch.stack(columns, 1)
+        total += weight * reward
+    return torch.stack([total, *columns], 1)
 
 
 def sample(policy, terms, prompts, settings, generator, tick=lambda: None):
-    """Roll out and score any number of prompts in batches. Returns x (N, T+1, C, H, W), logp (N, T), scores (N, K)."""
+    """Roll out and score any number of prompts in batches. Returns x (N, T+1, C, H, W), logp (N, T), scores (N, 1 + K)."""
     parts, scores = [], []
     with ThreadPoolExecutor(1) as scorer:  # scores a batch while the next one is sampled; one thread, so always in order
         for i in range(0, len(prompts), settings.sample_batch):
@@ -719,7 +721,7 @@ def look(policy, terms, prompts, settings, folder, epoch, tile=144):
     """Sample the same prompts from the same noise every time, save them below those of epoch 0, return the mean reward."""
     prompts = [prompts[i % len(prompts)] for i in range(settings.eval_images)]
     x, _, scores = sample(policy, terms, prompts, settings, random_numbers(settings, 0, policy.device)[0])
-    reward = scores @ torch.tensor([weight for _, weight, _ in terms])
+    reward = scores[:, 0]
     first, path = (folder / "samples" / f"epoch_{n:04d}.png" for n in (0, epoch))
     canvas = Image.new("RGB", (len(prompts) * tile, (tile + 16) * (2 if epoch else 1)), "white")
     if epoch:
@@ -753,12 +755,12 @@ def train(run, terms, prompts, eval_prompts, folder):
         chosen = torch.randint(len(prompts), (settings.images_per_epoch // group,), generator=choice)
         drawn = [prompts[i] for i in chosen for _ in range(group)]
         x, logp_old, scores = sample(policy, terms, drawn, settings, noise, bar.update)
-        reward, cond = scores @ torch.tensor([weight for _, weight, _ in terms]), policy.encode(drawn)
+        reward, cond = scores[:, 0], policy.encode(drawn)
         adv = run.stats.advantages(drawn, reward).clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
 
         row = {"epoch": epoch, "queries": epoch * len(drawn)}
         row |= {"reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
-        row |= {label: mean for (label, _, _), mean in zip(terms, scores.mean(0).tolist()) if len(terms) > 1}
+        row |= {label: mean for (label, _, _), mean in zip(terms, scores.mean(0)[1:].tolist()) if len(terms) > 1}
         row["kl"] = measure_kl(policy, x, cond, settings, choice) if settings.lora_rank else None
         now = spread(x[:, -1], drawn)
         run.first_spread = run.first_spread or now

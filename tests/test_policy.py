@@ -222,9 +222,10 @@ def test_a_trajectory_is_a_chain_of_scored_steps(tiny_model):
     policy, settings = make_policy(tiny_model, sample_batch=4)
     terms = [*BRIGHTNESS, ("length", 0.5, lambda images, prompts: [len(p) for p in prompts])]
     x, logp, scores = ddpo.sample(policy, terms, PROMPTS, settings, torch.Generator().manual_seed(0))
-    assert x.shape == (6, 5, 4, 8, 8) and logp.shape == (6, 4) and scores.shape == (6, 2) and scores.dtype == torch.float32
-    torch.testing.assert_close(scores[:, 0], policy.decode(x[:, -1]).mean((1, 2, 3)), rtol=0, atol=1e-5)
-    assert scores[:, 1].tolist() == [len(p) for p in PROMPTS]
+    assert x.shape == (6, 5, 4, 8, 8) and logp.shape == (6, 4) and scores.shape == (6, 3) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores[:, 1], policy.decode(x[:, -1]).mean((1, 2, 3)), rtol=0, atol=1e-5)
+    assert scores[:, 2].tolist() == [len(p) for p in PROMPTS]
+    torch.testing.assert_close(scores[:, 0], scores[:, 1] + 0.5 * scores[:, 2])
     cond = policy.encode(PROMPTS)
     for image in range(6):  # prompts, latents and log-probabilities belong together across batches
         for step, t in enumerate(policy.scheduler.timesteps):
