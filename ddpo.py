@@ -171,10 +171,13 @@ def make_settings(flags, config=None):
     values.update(flags)
     if values.get("objective") == "reinforce":
         values["updates_per_epoch"] = flags.get("updates_per_epoch", 1)
-    if flags.get("lora_rank") == 0:
+    if values.get("lora_rank") == 0 and ("lora_rank" in flags or "lr" not in values):
         values["lr"] = flags.get("lr", 1e-5)  # the paper's, for the whole UNet
     if flags.get("init_lora"):
-        values["lora_rank"] = flags.get("lora_rank", read_lora(flags["init_lora"])[1])
+        rank = read_lora(flags["init_lora"])[1]
+        if flags.get("lora_rank", rank) not in (0, rank):
+            raise UserError(f"--lora-rank {flags['lora_rank']}: the LoRA of --init-lora has rank {rank}")
+        values["lora_rank"] = flags.get("lora_rank", rank)
     return Settings(**values)
 
 
@@ -248,6 +251,8 @@ def read_lora(path):
         with safe_open(path, "pt") as file:
             weights = {k.removeprefix("unet."): file.get_tensor(k) for k in file.keys()}
             about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))  # peft's configuration
+        if about.get("unet.use_rslora") or about.get("unet.alpha_pattern"):
+            raise ValueError("it scales its layers by rank-stabilised or several alphas")
         (rank,) = {len(weight) for k, weight in weights.items() if k.endswith("lora_A.weight")}
     scale = about.get("unet.lora_alpha", rank) / rank  # in our layers it is 1
     return {k: weight * scale if k.endswith("lora_B.weight") else weight for k, weight in weights.items()}, rank
@@ -355,7 +360,7 @@ class Policy:
         if self.latent:
             vae = self.pipe.vae
             x_0 = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample
-        return (x_0.float() / 2 + 0.5).clamp(0, 1)
+        return (x_0.float() / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)  # a model of pixels may be grey
 
 
 def load_pipeline(model):
@@ -815,7 +820,10 @@ def launch(settings, folder=None, state=None):
     print(f"\nReward on the same prompts and noise: {before['eval_reward']:.3f} before, {after['eval_reward']:.3f} after; see "
           f"{folder / 'samples'}/epoch_{after['epoch']:04d}.png")  # fmt: skip
     if settings.lora_rank:
-        print(f"The LoRA is in {folder}; in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})")
+        how = f"in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})"
+        if not policy.latent:  # diffusers cannot load a LoRA there
+            how = f"go on from it with --init-lora {folder / 'pytorch_lora_weights.safetensors'}"
+        print(f"The LoRA is in {folder}; {how}")
     else:
         result = str(folder / "pipeline")
         policy.pipe.to(torch.float32).save_pretrained(result)
