@@ -317,7 +317,7 @@ def test_a_lora_that_diffusers_saved_is_the_same_here(tiny_model, tmp_path):
     ours, theirs = paint(ddpo.Policy(settings, torch.device("cpu"))), paint_in_diffusers(pipe, (16, 16))
     assert settings.lora_rank == 3
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    assert (theirs - paint_in_diffusers(plain, (16, 16))).abs().max() > 0.05, "the LoRA does nothing"
+    assert (theirs - paint_in_diffusers(plain, (16, 16))).abs().max() > 0.01, "the LoRA does nothing"
 
 
 def some_lora(path, only="", rank=4, **config):

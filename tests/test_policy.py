@@ -156,13 +156,13 @@ def test_update_descends_the_mean_loss_whatever_the_micro_batch(tiny_model):
         assert metrics["clip_fraction"] == pytest.approx(((ratio - 1).abs() > 0.01).float().mean().item())
         assert metrics["approx_kl"] == pytest.approx((ratio.log() ** 2 / 2).mean().item(), rel=1e-3)
         assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
-    assert expected.abs().max() > 1e-3 and 0.2 < ((ratio - 1).abs() > 0.01).float().mean() < 0.9
+    assert expected.abs().max() > 1e-4 and 0.2 < ((ratio - 1).abs() > 0.01).float().mean() < 0.9
 
 
 def test_the_gradient_is_clipped_and_reported_unclipped(tiny_model):
     policy, settings = make_policy(tiny_model, grad_clip=1e-3)
     metrics, moved = run_update(policy, settings, sampled(policy, settings), lr=1.0)
-    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2) and metrics["grad_norm"] > 5e-3
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2) and metrics["grad_norm"] > 3e-3
 
 
 def test_every_pair_is_learned_from_once_and_an_image_in_one_share(tiny_model, monkeypatch):

@@ -138,10 +138,10 @@ def test_a_reward_sees_its_own_prompts_and_any_type_will_do(tiny_model, tmp_path
     assert seen == {"a cat", "bee"} and all(3 <= float(row["reward_mean"]) <= 5 for row in read_metrics(tmp_path / "run")[1:])
 
 
-@pytest.mark.parametrize("objective, sign, margin", [("clipped", 1, 2.5), ("reinforce", 1, 2.5), ("clipped", -1, 0.7)])
+@pytest.mark.parametrize("objective, sign, margin", [("clipped", 1, 2.5), ("reinforce", 1, 2.5), ("clipped", -1, 2.0)])
 def test_it_learns(objective, sign, margin, tmp_path, monkeypatch):
     """Brightness of a model that predicts x_0 with a coarse noise schedule, so that the noise of a step shows in the image.
-    Over seeds 0 to 5 the mean reward rose by 3.5 to 7.7, 5.6 to 8.7 and 1.2 to 2.8 standard deviations of the first rewards;
+    Over seeds 0 to 3 the mean reward rose by 4.6 to 7.2, 4.7 to 5.2 and 3.6 to 4.0 standard deviations of the first rewards;
     by chance alone it would change by 0.2."""
     monkeypatch.setitem(rewards.REWARDS, "brightness", lambda images, prompts: sign * images.mean((1, 2, 3)))
     schedule = {"num_train_timesteps": 20, "beta_start": 0.2, "beta_end": 0.5, "prediction_type": "sample"}
