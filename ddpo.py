@@ -314,7 +314,7 @@ class Policy:
         # worth leaving out too: their noise does not show in the image, but their gradient, in 1 / std, drowns the others'.
         t, zero = self.scheduler.timesteps, torch.zeros(settings.steps, 1, 1, 1, device=device)
         std = ddim_mean_std(self.scheduler, zero, t, zero, settings.eta)[1].flatten()  # (T,); it depends on t alone
-        self.random_steps, self.trained_steps = ((std > least).nonzero().flatten() for least in (0, settings.min_std))
+        self.trained_steps = (std > settings.min_std).nonzero().flatten()
         if not len(self.trained_steps):
             raise UserError(f"no step has an std above --min-std {settings.min_std}: nothing to learn from; use more --steps")
         size = self.unet.config.sample_size
@@ -535,10 +535,11 @@ def kl_to_pretrained(policy, eps, x_t, t, cond, eta):
 @torch.no_grad()
 def measure_kl(policy, x, cond, settings, generator):
     """Nats per trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained model: an unbiased estimate,
-    from all steps of a sixteenth of the images, which costs about a thirtieth of an epoch."""
+    from the steps of a sixteenth of the images, which costs about a thirtieth of an epoch. Counted are the steps that are
+    learned from. If that is all of them (min_std 0), it is the bound; nearly deterministic ones would be nearly all of it."""
     images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
     total, t = 0.0, policy.scheduler.timesteps
-    for i, j in (micro.unbind(1) for micro in torch.cartesian_prod(images, policy.random_steps).split(settings.micro_batch)):
+    for i, j in (micro.unbind(1) for micro in torch.cartesian_prod(images, policy.trained_steps).split(settings.micro_batch)):
         eps = policy.predict(x[i, j], t[j], cond[i])
         total += kl_to_pretrained(policy, eps, x[i, j], t[j], cond[i], settings.eta).sum()
     return float(total) / len(images)
