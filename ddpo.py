@@ -186,16 +186,16 @@ def model_path(model):
     return EXAMPLES / model if model == Settings.model else Path(model)
 
 
-def load_prompts(name):
+def load_prompts(name, flag="--prompts"):
     """The prompts of a set (a file in examples/prompts) or of a text file: one a line, blank lines and # comments left out."""
     sets = {path.stem: path for path in sorted(EXAMPLES.glob("prompts/*.txt"))}
-    with explained(f"--prompts {name}: neither one of {', '.join(sets)} nor a readable text file"):
+    with explained(f"{flag} {name}: neither one of {', '.join(sets)} nor a readable text file"):
         lines = sets.get(name, Path(name)).read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not prompts:
-        raise UserError(f"--prompts {name}: the file holds no prompt; write one on each line")
+        raise UserError(f"{flag} {name}: the file holds no prompt; write one on each line")
     if repeated := [prompt for prompt, times in Counter(prompts).items() if times > 1]:
-        print(f"note     --prompts {name} repeats {len(repeated)} prompts, such as {repeated[0]!r}; they are drawn more often")
+        print(f"note     {flag} {name} repeats {len(repeated)} prompts, such as {repeated[0]!r}; they are drawn more often")
     return prompts
 
 
@@ -521,9 +521,11 @@ def kl_to_pretrained(policy, eps, x_t, t, cond, eta):
     """KL(p_theta || p_pretrained) of denoising steps in nats, (B,). The two Gaussians share their std, so it is exact:
     ||mean - mean_pretrained||^2 / (2 std^2). Summed over a trajectory it bounds the KL between the two models' images."""
     LoRALinear.on = False
-    with torch.no_grad():
-        eps_pretrained = policy.predict(x_t, t, cond)
-    LoRALinear.on = True
+    try:
+        with torch.no_grad():
+            eps_pretrained = policy.predict(x_t, t, cond)
+    finally:
+        LoRALinear.on = True
     mean, std = ddim_mean_std(policy.scheduler, eps, t, x_t, eta)
     mean_pretrained, _ = ddim_mean_std(policy.scheduler, eps_pretrained, t, x_t, eta)
     return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
@@ -726,6 +728,7 @@ def write_metrics(log, folder):
 def look(policy, terms, prompts, settings, folder, epoch, tile=144):
     """Sample the same prompts from the same noise every time, save them below those of epoch 0, return the mean reward."""
     prompts = [prompts[i % len(prompts)] for i in range(settings.eval_images)]
+    terms = [term for term in terms if term[1]] or terms  # not the monitors
     x, _, scores = sample(policy, terms, prompts, settings, random_numbers(settings, 0, policy.device)[0])
     reward = scores[:, 0]
     first, path = (folder / "samples" / f"epoch_{n:04d}.png" for n in (0, epoch))
@@ -797,7 +800,7 @@ def train(run, terms, prompts, eval_prompts, folder):
 def launch(settings, folder=None, state=None):
     """Set up a run, or the one in `folder` again from its file `state`, train, and say what came of it. Returns the folder."""
     prompts = load_prompts(settings.prompts)
-    eval_prompts = load_prompts(settings.eval_prompts) if settings.eval_prompts else prompts
+    eval_prompts = load_prompts(settings.eval_prompts, "--eval-prompts") if settings.eval_prompts else prompts
     device = pick_device(settings.device)
     reward_device = pick_device(settings.reward_device) if settings.reward_device else device
     terms = rewards.load_rewards(settings.reward, settings.monitor, reward_device, settings.reward_batch_size)
