@@ -687,9 +687,11 @@ def reopen(name, flags):
     if refused := [text for f, text in changes.items() if f not in CHANGEABLE]:
         raise UserError(f"--resume {folder}: {', '.join(refused)} would make it another experiment; start a new run")
     new = dataclasses.replace(old, **flags)
-    states = [path] if path.is_file() else sorted(folder.glob("state_*.pt"))
-    print("resumes  " + ", ".join([str(states[-1] if states else folder), *changes.values()]))
-    return new, folder, states[-1] if states else None
+    states = sorted(folder.glob("state_*.pt"))
+    state = path if path.is_file() else states[-1] if states else None
+    back = ["later epochs will be written over"] if state and state < states[-1] else []
+    print("resumes  " + ", ".join([str(state or folder), *changes.values(), *back]))
+    return new, folder, state
 
 
 # ---------------------------------------------------------------- the run folder
@@ -771,9 +773,9 @@ def train(run, terms, prompts, eval_prompts, folder):
         row |= {"reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
         row |= {label: mean for (label, _, _), mean in zip(terms, scores.mean(0)[1:].tolist()) if len(terms) > 1}
         row["kl"] = measure_kl(policy, x, cond, settings, choice) if settings.lora_rank else None
-        now = spread(x[:, -1], drawn)
-        run.first_spread = run.first_spread or now
-        row["diversity"] = now and now / run.first_spread
+        distance = spread(x[:, -1], drawn)
+        run.first_spread = run.first_spread or distance
+        row["diversity"] = distance and distance / run.first_spread
         if not run.too_far(row):
             row |= update(run, (x, logp_old, cond, adv), choice, bar.update)
         last = epoch == settings.epochs or run.too_far(row)
@@ -838,8 +840,8 @@ def launch(settings, folder=None, state=None):
 def introduce(settings, policy, prompts, folder):
     """Say what is about to run, and what it will cost."""
     s, pairs = settings, settings.images_per_epoch * len(policy.trained_steps)
-    bundled = "(the bundled one; for Stable Diffusion: --model stable-diffusion-v1-5/stable-diffusion-v1-5)"
-    print(f"model    {s.model} {bundled if s.model == Settings.model else ''}")
+    bundled = " (the bundled one; for Stable Diffusion: --model stable-diffusion-v1-5/stable-diffusion-v1-5)"
+    print(f"model    {s.model}{bundled if s.model == Settings.model else ''}")
     print(f"reward   {s.reward}, " + (f"{len(prompts)} prompts" if policy.latent else "no prompts"))
     print(f"trains   {sum(p.numel() for p in policy.weights):,} weights on {policy.device} in {str(policy.dtype)[6:]}")
     print(f"epoch    {s.images_per_epoch} images of {s.steps} steps; {pairs} (image, step) pairs, {s.updates_per_epoch} updates")
@@ -850,7 +852,7 @@ def introduce(settings, policy, prompts, folder):
 
 
 def parse(argv=None):
-    """The command line, in which every field of Settings is a flag, as the arguments of `train`."""
+    """The command line, in which every field of Settings is a flag, as the arguments of `launch`."""
     about = "Fine-tune a diffusion model on a reward with DDPO. A model folder's ddpo.json overrides the defaults shown here."
     parser = argparse.ArgumentParser("ddpo.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(Settings):

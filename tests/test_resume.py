@@ -213,6 +213,7 @@ def test_a_file_that_is_no_state_of_ours(run, capsys):
 def test_the_offered_state_works(run, runs, capsys):
     (run / "state_00002.pt").write_bytes(b"")
     ddpo.main(damaged(run, capsys))
+    assert f"resumes  {run / 'state_00001.pt'}, later epochs will be written over\n" in capsys.readouterr().out
     assert differences(run, runs["clipped", 2]) == []
 
 
