@@ -15,6 +15,7 @@ import re
 import sys
 import textwrap
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -257,47 +258,37 @@ MODEL_REWARDS = {f.__name__: f for f in (aesthetic, alignment, clipscore, picksc
 # ---------------------------------------------------------------- from the command line to functions
 
 
+TERM = re.compile(r"""
+    \s* ([+-]?) \s*
+    (?: ((?: \d+\.?\d* | \.\d+ ) (?: [eE][+-]?\d+ )?) \s* \* \s* )?  # 0.1*
+    ([^\s\d()*,+-][^\s()*,+]*) \s*                                  # NAME
+    (?: \( ([^()]*) \) \s* )?                                       # (FOLDER, FILE)
+    (?= [+-] | $ )                                                  # and so the next term, or the end
+    """, re.VERBOSE)  # fmt: skip
+
+
 def parse_mix(text):
-    """A mix such as "pickscore + 0.1*aesthetic(CLIP, HEAD)" -> [(weight, name, arguments)]: terms with + or - between them, a
-    term being a name, perhaps with a number and * before it and arguments after it. A "-" at the end of a name is part of
-    the name, so a space must part the two."""
+    """A mix such as "pickscore + 0.1*aesthetic(CLIP, HEAD)" -> [(weight, name, arguments)]. A "-" at the end of a name is part
+    of the name, so a space must part the two."""
     terms, at = [], 0
-
-    def take(pattern, expected=None):
-        """Read on over what matches and return it. If nothing does: None, or an error if something was expected."""
-        nonlocal at
-        match = re.compile(rf"\s*({pattern})").match(text, at)
-        if not match and expected:
-            rest = text[at:].lstrip()
-            found = f"found {rest!r}" if rest else "it ends"
-            raise UserError(f"--reward {text!r}: expected {expected} at character {len(text) - len(rest) + 1}, but {found}")
-        at = match.end() if match else at
-        return match and match[1]
-
-    sign = take("[+-]")
-    while True:
-        number = take(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*\*")
-        weight = float(number[:-1] if number else 1) * (-1 if sign == "-" else 1)
-        if not math.isfinite(weight):
-            raise UserError(f"--reward {text!r}: the weight {number[:-1]} is too large")
-        name = take(r"[^\s\d()*,+-][^\s()*,+]*", "a name")
-        args = []
-        if take(r"\("):
-            args.append(take(r"[^(),]*[^(),\s]", "an argument"))
-            while not take(r"\)"):
-                take(",", "a comma or )")
-                args.append(take(r"[^(),]*[^(),\s]", "an argument"))
-        terms.append((weight, name, tuple(args)))
-        if not text[at:].strip():
-            return terms
-        sign = take("[+-]", "+ or -" if args else "+, - or (")
+    while at < len(text) or not terms:
+        match = TERM.match(text, at)
+        sign, number, name, inside = match.groups() if match else ("", "", "", "")
+        weight = float(f"{sign}{number or 1}")
+        args = () if inside is None else tuple(arg.strip() for arg in inside.split(","))
+        if not (name and all(args) and math.isfinite(weight)):
+            how = "write NAME, 0.1*NAME or NAME(FOLDER, FILE), with + or - between them"
+            raise UserError(f"cannot read {text[at:].strip()!r}; {how}")
+        terms.append((weight, name, args))
+        at = match.end()
+    return terms
 
 
 def load_function(name):
     """The function that `path/to/file.py:function` or `package.module:function` names."""
     source, _, function = name.rpartition(":")
     if source.endswith(".py") and not Path(source).is_file():
-        raise UserError(f"--reward {name}: there is no file {source}")
+        raise UserError(f"there is no file {source}")
     try:
         if source.endswith(".py"):
             spec = importlib.util.spec_from_file_location(source, source)
@@ -309,10 +300,10 @@ def load_function(name):
         stem = re.split(r"[./\\]", source.removesuffix(".py"))[-1]  # tells the lines of the user's file from a library's
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).stem == stem]
         where = f"{source}, line {lines[-1]}" if lines else source
-        raise UserError(f"--reward {name}: {where}: {type(error).__name__}: {first_line(error)}") from None
+        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}") from None
     if not callable(getattr(module, function, None)):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
-        raise UserError(f"--reward {name}: {source} has no function {function!r}; it has {', '.join(own) or 'none'}")
+        raise UserError(f"{source} has no function {function!r}; it has {', '.join(own) or 'none'}")
     return getattr(module, function)
 
 
@@ -331,10 +322,9 @@ def find_reward(name, args):
     """The reward of that name, or its loader if it needs a model; UserError if there is none that takes these arguments."""
     known = {**REWARDS, **MODEL_REWARDS}
     if ":" not in name and name not in known:
-        own = "or a function of your own as path/to/file.py:function"
-        raise UserError(f"--reward {name}: unknown; choose from {', '.join(known)}, {own}")
+        raise UserError(f"unknown; choose from {', '.join(known)}, or a function of your own as path/to/file.py:function")
     if len(args) > len(options(name)):
-        raise UserError(f"--reward {write(name, args)}: too many arguments; what works is {write(name, options(name))}")
+        raise UserError(f"too many arguments; what works is {write(name, options(name))}")
     return load_function(name) if ":" in name else known[name]
 
 
@@ -345,11 +335,19 @@ def load_model_reward(name, args, device, batch_size):
         score = reward(torch.full((1, 3, 64, 64), 0.5), ["a cat"])
     except Exception as error:
         what = error if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
-        usage = f'other models or local folders: --reward "{write(name, options(name))}"'
-        raise UserError(f"--reward {write(name, args)}: {what}; {usage}") from None
+        raise UserError(f'{what}; other models or local folders: "{write(name, options(name))}"') from None
     if not score.isfinite().all():
-        raise UserError(f"--reward {write(name, args)}: gives a grey image {score.item()}, which is no score")
+        raise UserError(f"gives a grey image {score.item()}, which is no score")
     return reward
+
+
+@contextmanager
+def about(what):
+    """Whatever goes wrong inside is about this part of the command line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 def load_rewards(text, monitors="", device="cpu", batch_size=8):
@@ -359,15 +357,20 @@ def load_rewards(text, monitors="", device="cpu", batch_size=8):
     for library in (huggingface_hub.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    terms = parse_mix(text)
+    with about(f"--reward {text!r}"):
+        terms = [("--reward", *term) for term in parse_mix(text)]
     for monitor in filter(None, re.split(r",\s*(?![^()]*\))", monitors)):  # at the commas outside parentheses
-        terms += [(0.0, name, args) for _, name, args in parse_mix(monitor)]
-    labels = [write(name.rpartition(":")[2], args) for _, name, args in terms]
+        with about(f"--monitor {monitor!r}"):
+            terms += [("--monitor", 0.0, name, args) for _, name, args in parse_mix(monitor)]
+    labels, found = [write(name.rpartition(":")[2], args) for *_, name, args in terms], []
     if twice := [label for label in labels if labels.count(label) > 1]:
         hint = "add up their weights, rename one function, or leave it out of --monitor: it is logged in any case"
         raise UserError(f"--reward {twice[0]}: two terms have this name; {hint}")
-    found = [find_reward(name, args) for _, name, args in terms]
-    for i, (_, name, args) in enumerate(terms):
-        if name in MODEL_REWARDS:
-            found[i] = load_model_reward(name, args, device, batch_size)
-    return [(label, weight, function) for label, (weight, _, _), function in zip(labels, terms, found)]
+    for flag, _, name, args in terms:
+        with about(f"{flag} {write(name, args)}"):
+            found.append(find_reward(name, args))
+    for i, (flag, _, name, args) in enumerate(terms):
+        with about(f"{flag} {write(name, args)}"):
+            if name in MODEL_REWARDS:
+                found[i] = load_model_reward(name, args, device, batch_size)
+    return [(label, weight, function) for label, (_, weight, *_), function in zip(labels, terms, found)]
