@@ -107,7 +107,9 @@ class Settings:
     # learning
     objective: str = option("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)", choices=("clipped", "reinforce"))
     updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on its own share of the images", least=1)
-    micro_batch: int = option(4, "(image, step) pairs in one network call; changes speed and memory only", least=1)
+    micro_batch: int = option(0, "(image, step) pairs in a network call, for speed and memory only; 0: as many as fit", least=0)
+    grad_checkpointing: bool = option(False, "compute activations anew in the backward pass: slower, in less memory")
+    compile: bool = option(False, "torch.compile the network: minutes at the start, faster from then on")
     lr: float = option(3e-4, "AdamW's learning rate; with --lora-rank 0 the default is 1e-5", above=0)
     # The log-probability is a mean over the latent's dimensions, so the paper's 1e-4 on 4 x 64 x 64 of them clips the joint
     # log-ratio at 1.6384 nats. The same trust in nats is another number for every other size of latent: that is the default.
@@ -295,6 +297,11 @@ class Policy:
             for part in self.unet.modules():
                 if isinstance(part, Attention):
                     part.set_processor(AttnProcessor())  # the fused one's backward pass is several times slower there
+        if device.type == "cuda":
+            self.unet.to(memory_format=torch.channels_last)  # what a GPU's convolutions want, and a CPU's do not
+            torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+        if settings.grad_checkpointing:
+            self.unet.enable_gradient_checkpointing()
         if settings.lora_rank:
             self.weights = add_lora(self.unet, settings.lora_rank)
         else:
@@ -309,7 +316,8 @@ class Policy:
         if settings.steps > self.scheduler.config.num_train_timesteps:
             raise UserError(f"--steps {settings.steps}: the model knows {self.scheduler.config.num_train_timesteps} timesteps")
         self.scheduler.set_timesteps(settings.steps, device=device)
-        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        for name in ("alphas_cumprod", "final_alpha_cumprod"):  # no copy to the GPU, which would hold it up, in any step
+            setattr(self.scheduler, name, getattr(self.scheduler, name).to(device))
         # A deterministic step has no log-probability, so there is nothing to learn from it. Nearly deterministic ones are
         # worth leaving out too: their noise does not show in the image, but their gradient, in 1 / std, drowns the others'.
         t, zero = self.scheduler.timesteps, torch.zeros(settings.steps, 1, 1, 1, device=device)
@@ -324,6 +332,9 @@ class Policy:
             height, width = (side * pipe.vae_scale_factor for side in self.latent_shape[1:])
             self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=frozen)
         self.rows, self.table = {}, []  # of each encoded prompt the row in the tables of embeddings
+        self.micro_batch = settings.micro_batch or self.fitting_pairs()
+        if settings.compile:
+            self.unet.compile()
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -353,6 +364,19 @@ class Policy:
             uncond, conditional = eps.chunk(2)
             eps = uncond + self.guidance_scale * (conditional - uncond)
         return eps
+
+    def fitting_pairs(self, most=64):
+        """How many (image, step) pairs may go through the network at once: the power of 2 that takes up to 80 % of a GPU's free
+        memory, going by what the second of two pairs takes. Elsewhere 16; more would not be faster."""
+        if self.device.type != "cuda":
+            return 16
+        free, peaks, t = torch.cuda.mem_get_info(self.device)[0], [], self.scheduler.timesteps
+        for pairs in (1, 2):
+            torch.cuda.reset_peak_memory_stats(self.device)
+            x_t = self.scheduler.alphas_cumprod.new_zeros(pairs, *self.latent_shape)
+            torch.autograd.grad(self.predict(x_t, t[:1].expand(pairs), self.encode([""] * pairs)).sum(), self.weights)
+            peaks.append(torch.cuda.max_memory_allocated(self.device))
+        return 2 ** int(math.log2(max(1, min(most, 0.8 * free / (peaks[1] - peaks[0])))))
 
     @torch.no_grad()
     def decode(self, x_0):
@@ -541,7 +565,7 @@ def measure_kl(policy, x, cond, settings, generator):
     learned from. If that is all of them (min_std 0), it is the bound; nearly deterministic ones would be nearly all of it."""
     images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
     total, t = 0.0, policy.scheduler.timesteps
-    for i, j in (micro.unbind(1) for micro in torch.cartesian_prod(images, policy.trained_steps).split(settings.micro_batch)):
+    for i, j in (micro.unbind(1) for micro in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch)):
         eps = policy.predict(x[i, j], t[j], cond[i])
         total += kl_to_pretrained(policy, eps, x[i, j], t[j], cond[i], settings.eta).sum()
     return float(total) / len(images)
@@ -568,7 +592,7 @@ def update(run, samples, generator, tick=lambda: None):
     for share in torch.randperm(len(x), generator=generator).to(x.device).chunk(settings.updates_per_epoch):
         pairs = torch.cartesian_prod(share, policy.trained_steps)  # (images * steps, 2)
         worst = []
-        for i, j in (micro.unbind(1) for micro in pairs.split(settings.micro_batch)):
+        for i, j in (micro.unbind(1) for micro in pairs.split(policy.micro_batch)):
             eps = policy.predict(x[i, j], t[j], cond[i])
             _, logp = ddim_step(policy.scheduler, eps, t[j], x[i, j], settings.eta, x_prev=x[i, j + 1])
             if settings.objective == "clipped":
@@ -631,7 +655,8 @@ class Run:
 
     def __init__(self, settings, policy):
         self.settings, self.policy = settings, policy
-        self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, (0.9, 0.999), 1e-8, settings.weight_decay)
+        fused, decay = policy.device.type == "cuda", settings.weight_decay
+        self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, (0.9, 0.999), 1e-8, decay, fused=fused)
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
         group = settings.samples_per_prompt
         self.stats = PromptStats(settings.stats_buffer, min(settings.stats_min_count, group if group > 1 else math.inf))
@@ -669,7 +694,8 @@ class Run:
             group.update(lr=self.settings.lr, weight_decay=self.settings.weight_decay)
 
 
-CHANGEABLE = "epochs lr weight_decay grad_clip kl_stop save_every eval_every micro_batch reward_batch_size reward_device".split()
+CHANGEABLE = """epochs lr weight_decay grad_clip kl_stop save_every eval_every micro_batch grad_checkpointing compile
+                reward_batch_size reward_device""".split()
 
 
 def reopen(name, flags):
@@ -844,7 +870,8 @@ def introduce(settings, policy, prompts, folder):
     print(f"model    {s.model}{bundled if s.model == Settings.model else ''}")
     print(f"reward   {s.reward}, " + (f"{len(prompts)} prompts" if policy.latent else "no prompts"))
     print(f"trains   {sum(p.numel() for p in policy.weights):,} weights on {policy.device} in {str(policy.dtype)[6:]}")
-    print(f"epoch    {s.images_per_epoch} images of {s.steps} steps; {pairs} (image, step) pairs, {s.updates_per_epoch} updates")
+    print(f"epoch    {s.images_per_epoch} images of {s.steps} steps; {pairs} (image, step) pairs, {s.updates_per_epoch} updates; "
+          f"{s.sample_batch} images and {policy.micro_batch} pairs at once")  # fmt: skip
     print(f"run      {s.epochs} epochs = {s.epochs * s.images_per_epoch} reward queries; results go to {folder}", flush=True)
 
 
@@ -857,7 +884,9 @@ def parse(argv=None):
     parser = argparse.ArgumentParser("ddpo.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(Settings):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(), help=text)
+        how = {"type": f.type, "metavar": f.type.__name__.upper()}
+        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
+        parser.add_argument("--" + f.name.replace("_", "-"), **how, help=text)
     parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json, but for --out; flags override them")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="go on with a run: its folder or a state file in it; by default the newest in runs/")  # fmt: skip
@@ -883,7 +912,8 @@ def main(argv=None):
     except torch.cuda.OutOfMemoryError:
         s = settings
         knobs = f"--micro-batch {s.micro_batch}, --sample-batch {s.sample_batch}, --precision {s.precision}"
-        sys.exit(f"ddpo.py: error: out of GPU memory; present values: {knobs}; what was saved can be resumed")
+        more = "" if s.grad_checkpointing else "; --grad-checkpointing needs less"
+        sys.exit(f"ddpo.py: error: out of GPU memory; present values: {knobs}{more}; what was saved can be resumed")
     except KeyboardInterrupt:
         sys.exit("\nddpo.py: stopped; nothing had begun")
 

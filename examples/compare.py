@@ -105,7 +105,7 @@ def rwr_update(run, samples, generator, tick=lambda: None):
     counted = weights.nonzero().flatten()  # the others would be work for nothing
     losses, grad_norms, skipped = [], [], 0
     for _ in range(settings.updates_per_epoch):
-        i = counted[torch.randint(len(counted), (settings.micro_batch,), generator=generator).to(x.device)]
+        i = counted[torch.randint(len(counted), (run.policy.micro_batch,), generator=generator).to(x.device)]
         t = torch.randint(policy.scheduler.config.num_train_timesteps, i.shape, generator=generator).to(x.device)
         noise = torch.randn(len(i), *x.shape[2:], generator=generator).to(x.device)
         loss = (weights[i] * denoising_loss(policy, x[i, -1], noise, t, cond[i])).mean() * len(counted) / len(x)

@@ -151,15 +151,17 @@ def test_every_setting_is_a_flag_and_help_tells_its_default(capsys, monkeypatch)
     assert end.value.code == 0
     text = capsys.readouterr().out
     for f in dataclasses.fields(ddpo.Settings):
-        shown = re.search(rf"^  --{f.name.replace('_', '-')} {f.type.__name__.upper()}\s+(.*)$", text, re.MULTILINE)
+        flag = f.name.replace("_", "-")
+        flag = f"--{flag}, --no-{flag}" if f.type is bool else f"--{flag} {f.type.__name__.upper()}"
+        shown = re.search(rf"^  {flag}\s+(.*)$", text, re.MULTILINE)
         assert shown and shown[1] == f"{f.metadata['help']} (default: {f.default!r})", f.name
 
 
 def test_every_flag_arrives():
     given = {"objective": "clipped", "precision": "bf16", "seed": 3, "eta": 0.5, "init_lora": ""}
     for f in dataclasses.fields(ddpo.Settings):
-        given.setdefault(f.name, f"some-{f.name}" if f.type is str else f.default * 2 or 1)
-    argv = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), str(value))]
+        given.setdefault(f.name, {str: f"some-{f.name}", bool: True}.get(f.type) or f.default * 2 or 1)
+    argv = ["--" + name.replace("_", "-") + (f"={value}" if value is not True else "") for name, value in given.items()]
     assert dataclasses.asdict(ddpo.parse(argv)[0]) == given
 
 

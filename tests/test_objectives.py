@@ -76,7 +76,7 @@ class OneNumberPolicy:
         self.scheduler = DDIMScheduler(6, 0.2, 0.5, clip_sample=False, prediction_type="sample", **last_step_is_random)
         self.scheduler.set_timesteps(3)
         self.trained_steps = torch.arange(3)
-        self.device, self.latent_shape, self.clip_range = torch.device("cpu"), (1, 1, 1), 0.1
+        self.device, self.latent_shape, self.clip_range, self.micro_batch = torch.device("cpu"), (1, 1, 1), 0.1, 9999
         self.weights = [torch.tensor([THETA], requires_grad=True)]
 
     def encode(self, prompts):
@@ -97,7 +97,7 @@ class OneNumberPolicy:
 def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective):
     """The whole chain, sampled by `rollout` and learned from by `update`, against the closed form: the mean of x_0 is linear
     in theta and its variance does not depend on it. `update` averages over the steps, so it gives a T-th of the gradient."""
-    settings = SimpleNamespace(eta=1.0, updates_per_epoch=1, micro_batch=9999, objective=objective, kl_coef=0.0, grad_clip=1e9)
+    settings = SimpleNamespace(eta=1.0, updates_per_epoch=1, objective=objective, kl_coef=0.0, grad_clip=1e9)
     generator, grads = torch.Generator().manual_seed(0), []
     for _ in range(50):
         policy = OneNumberPolicy()

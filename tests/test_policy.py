@@ -1,6 +1,8 @@
 """Proves that the pipeline samples and learns as one policy: the same guidance on both sides, a ratio of exactly 1 before an
 update, a gradient that the micro-batch does not change, each (image, step) pair learned from once, deterministic steps never."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import BRIGHTNESS, make_policy, save_tiny_pipeline, tiny_unet
@@ -149,14 +151,65 @@ def test_update_descends_the_mean_loss_whatever_the_micro_batch(tiny_model):
     for micro_batch in (1, 3, 7, 24):
         for p, s in zip(policy.weights, start):
             p.data.copy_(s)
-        same = ddpo.dataclasses.replace(settings, micro_batch=micro_batch)
-        metrics, moved = run_update(policy, same, (x, logp_old, cond, adv), lr=1.0)
-        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+        policy.micro_batch = micro_batch
+        metrics, moved = run_update(policy, settings, (x, logp_old, cond, adv), lr=1.0)
+        torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
         assert metrics["loss"] == pytest.approx(-objective.item(), abs=1e-6)
         assert metrics["clip_fraction"] == pytest.approx(((ratio - 1).abs() > 0.01).float().mean().item())
         assert metrics["approx_kl"] == pytest.approx((ratio.log() ** 2 / 2).mean().item(), rel=1e-3)
         assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
     assert expected.abs().max() > 1e-4 and 0.2 < ((ratio - 1).abs() > 0.01).float().mean() < 0.9
+
+
+def test_checkpointing_computes_activations_twice_and_changes_no_gradient(tiny_model):
+    moved, calls = {}, {}
+    for on in (False, True):
+        policy, settings = make_policy(tiny_model, grad_checkpointing=on)
+        samples, seen = sampled(policy, settings), []
+        policy.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+        metrics, moved[on] = run_update(policy, settings, samples)
+        calls[on] = len(seen)
+        assert metrics["ratio_error"] <= 1e-6
+    assert calls[True] == 2 * calls[False] > 0
+    torch.testing.assert_close(moved[True], moved[False], rtol=0, atol=1e-7)
+
+
+def test_compiling_changes_no_ratio(tiny_model, monkeypatch):
+    """Captured and differentiated by torch.compile; its last stage, which writes code for the device, is left out for time."""
+    compiled, plain_compile = [], torch.compile
+
+    def without_codegen(function, **options):
+        compiled.append(function)
+        return plain_compile(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", without_codegen)
+    results = {}
+    for on in (False, True):
+        policy, settings = make_policy(tiny_model, compile=on, micro_batch=6)  # as many as are sampled at once
+        samples = sampled(policy, settings)
+        before, moved = run_update(policy, settings, samples, lr=1.0)
+        results[on] = samples[0], moved, run_update(policy, settings, samples)[0]["ratio_error"]
+        assert before["ratio_error"] <= 1e-5 and bool(compiled) == on
+    torch.testing.assert_close(results[True], results[False], rtol=1e-4, atol=1e-5)
+    assert results[True][2] > 1e-4, "the update moved nothing"
+    assert not [name for name in policy.unet.state_dict() if "_orig_mod" in name], "a LoRA would be saved under other names"
+
+
+@pytest.mark.parametrize("free, pairs", [(1e9, 1), (6e9, 2), (12e9, 4), (20e9, 8), (80e9, 32), (500e9, 64)])
+def test_a_gpu_is_filled(free, pairs, tiny_model, monkeypatch):
+    """One pair takes 3 GB, another 2 GB more; a fifth of the free memory is left."""
+    policy, _ = make_policy(tiny_model)
+    peaks, seen = {1: 3e9, 2: 5e9}, []
+    predict = policy.predict
+    policy.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(policy, "encode", lambda prompts: torch.zeros(len(prompts), dtype=torch.long))
+    policy.table = [torch.randn(1, *policy.pipe.encode_prompt("cat", "cpu", 1, True)[0].shape[1:])]
+    monkeypatch.setattr(policy, "predict", lambda x_t, t, cond: seen.append(len(x_t)) or predict(x_t, t, cond))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 500e9))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[seen[-1]])
+    assert policy.fitting_pairs() == pairs and seen == [1, 2]
+    assert all(p.grad is None for p in policy.weights)
 
 
 def test_the_gradient_is_clipped_and_reported_unclipped(tiny_model):

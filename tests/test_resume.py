@@ -17,14 +17,15 @@ import torch
 from conftest import save_tiny_pipeline
 from safetensors.torch import load_file
 from test_cli import failure
-from test_train import flags, read_metrics
+from test_train import as_flags, flags, read_metrics
 
 import ddpo
 import rewards
 from examples.kill_resume import contents, plain
 
 MAY_CHANGE = {"epochs": 4, "lr": 1e-9, "weight_decay": 0.5, "grad_clip": 0.25, "save_every": 4, "eval_every": 1,
-              "micro_batch": 5, "reward_batch_size": 3, "reward_device": "cpu", "kl_stop": 1000.0}  # fmt: skip
+              "micro_batch": 5, "reward_batch_size": 3, "reward_device": "cpu", "kl_stop": 1000.0, "grad_checkpointing": True,
+              "compile": True}  # fmt: skip
 
 
 class Killed(BaseException):
@@ -270,9 +271,12 @@ def test_a_full_disk(name, run, capsys, monkeypatch):
 # ---------------------------------------------------------------- settings
 
 
-def test_what_may_change_is_taken_and_said(run, capsys):
+def test_what_may_change_is_taken_and_said(run, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))  # test_policy.py does it for real
     before, weights = json.loads((run / "config.json").read_text()), load(run / "state_00002.pt")["weights"]
-    ddpo.main(["--resume", str(run), *(str(x) for name, v in MAY_CHANGE.items() for x in ("--" + name.replace("_", "-"), v))])
+    ddpo.main(["--resume", str(run), *as_flags(MAY_CHANGE)])
+    assert len(compiled) == 1
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumes"))
     for name, value in MAY_CHANGE.items():
         assert f"--{name.replace('_', '-')} {before[name]} -> {value}" in said

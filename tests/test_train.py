@@ -19,9 +19,15 @@ COLUMNS = "epoch queries reward_mean reward_std kl diversity loss ratio_error cl
 
 def flags(model, **settings):
     defaults = {"epochs": 2, "steps": 3, "images_per_epoch": 8, "sample_batch": 3, "updates_per_epoch": 2, "eval_images": 7,
-                "lr": 0.01, "device": "cpu", "precision": "fp32"}  # fmt: skip
+                "micro_batch": 4, "lr": 0.01, "device": "cpu", "precision": "fp32"}  # fmt: skip
     given = {"model": model, **defaults, **settings}
-    return [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    return as_flags(given)
+
+
+def as_flags(settings):
+    """Settings as a command line; those that are true or false have no value there."""
+    pairs = [("--" + name.replace("_", "-"), value) for name, value in settings.items()]
+    return [part for flag, value in pairs for part in ([flag] if value is True else [flag, str(value)])]
 
 
 def read_metrics(run):
