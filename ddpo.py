@@ -45,6 +45,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on packag
 import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor
@@ -228,7 +229,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        return y + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(x.dtype) if self.on else y
+        if not self.on:
+            return y
+        a, b = (layer.weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))  # a copy of them is smaller than one of x
+        return y + F.linear(F.linear(x, a), b)
 
 
 def add_lora(unet, rank):
@@ -344,7 +348,7 @@ class Policy:
             if self.latent:
                 flags = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
                 encoded = self.pipe.encode_prompt(prompt=prompt, **flags)  # with and without prompt; in XL then both pooled
-                self.table = [torch.cat(part) for part in zip(self.table or encoded[1::2], encoded[::2])]
+                self.table = [torch.cat(part).to(self.unet.dtype) for part in zip(self.table or encoded[1::2], encoded[::2])]
         return torch.tensor([self.rows[p] for p in prompts], device=self.device)
 
     def predict(self, x_t, t, cond):
@@ -358,7 +362,7 @@ class Policy:
         if self.xl:
             time_ids = self.time_ids.expand(len(cond), -1)
             context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": time_ids}
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
             eps = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
         if guided:
             uncond, conditional = eps.chunk(2)

@@ -53,6 +53,23 @@ def test_ratio_is_one_before_an_update(tiny_model, guidance, precision, allowed)
     assert after["ratio_error"] > 10 * allowed and after["clip_fraction"] > 0, "the update moved nothing"
 
 
+def test_weights_in_half_precision_as_on_a_gpu(tiny_model):
+    """There the frozen weights are stored in half precision and nothing is left to autocast; the gradient is the same."""
+    moved = {}
+    for precision in ("fp32", "bf16"):
+        policy, settings = make_policy(tiny_model, precision=precision, clip_range=10)
+        if precision == "fp32":
+            samples = sampled(policy, settings)
+        for p in policy.unet.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(policy.dtype)
+        own = sampled(policy, settings)
+        before, _ = run_update(policy, settings, own, lr=0.0)
+        assert before["ratio_error"] <= 2e-4 and before["skipped"] == 0
+        assert {p.dtype for p in policy.weights} == {torch.float32}
+        _, moved[precision] = run_update(policy, settings, samples, lr=1.0)
+    assert torch.cosine_similarity(moved["fp32"], moved["bf16"], dim=0) > 0.95
+
+
 def test_dropout_is_off(tmp_path):
     unet = tiny_unet(dropout=0.5).train()
     policy, settings = make_policy(save_tiny_pipeline(tmp_path / "model", unet))
