@@ -229,10 +229,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        if not self.on:
-            return y
-        a, b = (layer.weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))  # a copy of them is smaller than one of x
-        return y + F.linear(F.linear(x, a), b)
+        if self.on:  # in place, because passes over y are what a LoRA costs
+            a, b = (layer.weight.to(y.dtype) for layer in (self.lora_A, self.lora_B))
+            y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).flatten(0, -2), b.T)
+        return y
 
 
 def add_lora(unet, rank):
