@@ -304,6 +304,8 @@ class Policy:
         if device.type == "cuda":
             self.unet.to(memory_format=torch.channels_last)  # what a GPU's convolutions want, and a CPU's do not
             torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+            if self.latent:
+                pipe.vae.enable_slicing()  # decodes image by image: gigabytes less, hardly slower
         if settings.grad_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if settings.lora_rank:
