@@ -284,30 +284,11 @@ class Policy:
         auto = {"cuda": "fp16", "cpu": "bf16"}.get(device.type, "fp32")
         precision = auto if settings.precision == "auto" else settings.precision
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        pipe = load_pipeline(settings.model).to(device)
+        pipe = load_pipeline(settings.model)
         self.pipe, self.unet, self.device = pipe, pipe.unet, device
         self.latent, self.xl = hasattr(pipe, "vae"), isinstance(pipe, StableDiffusionXLPipeline)
         self.guidance_scale = settings.guidance_scale if self.latent else 1.0
-        # Frozen weights in half precision save memory, which is what a GPU is short of; elsewhere autocast casts them as it
-        # goes. Trained ones stay in float32. So does a VAE if bf16, too coarse for 256 levels of grey, or fp16 would spoil it.
-        frozen = self.dtype if device.type == "cuda" else torch.float32
-        for name, part in pipe.components.items():
-            if isinstance(part, nn.Module):
-                delicate = name == "vae" and (frozen == torch.bfloat16 or self.xl and part.config.force_upcast)
-                exact = delicate or name == "unet" and not settings.lora_rank
-                part.requires_grad_(False).to(torch.float32 if exact else frozen)
-        self.unet.eval()  # dropout would make the ratio differ from 1
-        if device.type == "cpu":
-            for part in self.unet.modules():
-                if isinstance(part, Attention):
-                    part.set_processor(AttnProcessor())  # the fused one's backward pass is several times slower there
-        if device.type == "cuda":
-            self.unet.to(memory_format=torch.channels_last)  # what a GPU's convolutions want, and a CPU's do not
-            torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
-            if self.latent:
-                pipe.vae.enable_slicing()  # decodes image by image: gigabytes less, hardly slower
-        if settings.grad_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+        self.prepare(settings)
         if settings.lora_rank:
             self.weights = add_lora(self.unet, settings.lora_rank)
         else:
@@ -336,11 +317,34 @@ class Policy:
         self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
         if self.xl:  # original size, crop and target size
             height, width = (side * pipe.vae_scale_factor for side in self.latent_shape[1:])
-            self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=frozen)
+            self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device)
         self.rows, self.table = {}, []  # of each encoded prompt the row in the tables of embeddings
         self.micro_batch = settings.micro_batch or self.fitting_pairs()
         if settings.compile:
             self.unet.compile()
+
+    def prepare(self, settings):
+        """Precision, memory layout and attention, as the device likes them."""
+        # Frozen weights in half precision save memory, which is what a GPU is short of; elsewhere autocast casts them as it
+        # goes. Trained ones stay in float32. So does a VAE if bf16, too coarse for 256 levels of grey, or fp16 would spoil it.
+        frozen = self.dtype if self.device.type == "cuda" else torch.float32
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module):
+                delicate = name == "vae" and (frozen == torch.bfloat16 or self.xl and part.config.force_upcast)
+                exact = delicate or name == "unet" and not settings.lora_rank
+                part.requires_grad_(False).to(self.device, torch.float32 if exact else frozen)
+        self.unet.eval()  # dropout would make the ratio differ from 1
+        if self.device.type == "cpu":
+            for part in self.unet.modules():
+                if isinstance(part, Attention):
+                    part.set_processor(AttnProcessor())  # the fused one's backward pass is several times slower there
+        if self.device.type == "cuda":
+            self.unet.to(memory_format=torch.channels_last)  # what a GPU's convolutions want, and a CPU's do not
+            torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+            if self.latent:
+                self.pipe.vae.enable_slicing()  # decodes image by image: gigabytes less, hardly slower
+        if settings.grad_checkpointing:
+            self.unet.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def encode(self, prompts):
