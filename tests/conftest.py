@@ -64,14 +64,14 @@ def brightness(images, prompts):
 BRIGHTNESS = [("brightness", 1.0, brightness)]  # as rewards.load_rewards gives it
 
 
-def make_policy(model, lora_scale=0.1, **settings):
+def make_policy(model, lora_scale=0.1, device="cpu", **settings):
     """Policy and settings of a small run, with a LoRA that does something: B is random instead of zero."""
     import ddpo
 
     defaults = {"steps": 4, "images_per_epoch": 6, "updates_per_epoch": 1, "micro_batch": 5, "grad_clip": 1e9}
-    settings = ddpo.Settings(model=str(model), device="cpu", **{"precision": "fp32", **defaults, **settings})
+    settings = ddpo.Settings(model=str(model), device=device, **{"precision": "fp32", **defaults, **settings})
     torch.manual_seed(5)
-    policy = ddpo.Policy(settings, torch.device("cpu"))
+    policy = ddpo.Policy(settings, torch.device(device))
     for name, weights in policy.unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weights, std=lora_scale)

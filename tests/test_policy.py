@@ -22,8 +22,8 @@ ADV = torch.tensor([1.0, -0.5, 0.3, -2.0, 0.7, 0.0])
 
 def sampled(policy, settings, seed=0):
     """What `update` learns from."""
-    x, logp_old, _ = ddpo.sample(policy, BRIGHTNESS, PROMPTS, settings, torch.Generator().manual_seed(seed))
-    return x, logp_old, policy.encode(PROMPTS), ADV
+    x, logp_old, _ = ddpo.sample(policy, BRIGHTNESS, PROMPTS, settings, torch.Generator(policy.device).manual_seed(seed))
+    return x, logp_old, policy.encode(PROMPTS), ADV.to(policy.device)
 
 
 def run_update(policy, settings, samples, lr=0.01, seed=0):
@@ -38,19 +38,25 @@ def run_update(policy, settings, samples, lr=0.01, seed=0):
 # ---------------------------------------------------------------- the ratio
 
 
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+A_TENTH = 1.6384 / 256 / 10  # of the default clip range
+
+
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("precision, allowed", [("fp32", 1e-6), ("bf16", 2e-4)])
-def test_ratio_is_one_before_an_update(tiny_model, guidance, precision, allowed):
+@pytest.mark.parametrize("device, precision, allowed", [
+    ("cpu", "fp32", 1e-6), ("cpu", "bf16", 2e-4), ("cpu", "fp16", A_TENTH),
+    *(pytest.param("cuda", precision, A_TENTH, marks=no_gpu) for precision in ("fp32", "bf16", "fp16")),
+])  # fmt: skip
+def test_ratio_is_one_before_an_update(tiny_model, guidance, device, precision, allowed):
     """Sampled in batches of 4 and 2 images, learned in batches of 5 pairs: only rounding may differ."""
-    policy, settings = make_policy(
-        tiny_model, lora_scale=0.5, guidance_scale=guidance, precision=precision, sample_batch=4, clip_range=allowed
-    )
+    same = {"guidance_scale": guidance, "precision": precision, "sample_batch": 4, "clip_range": allowed}
+    policy, settings = make_policy(tiny_model, lora_scale=0.5, device=device, **same)
     assert {p.dtype for p in policy.weights} == {torch.float32}
     samples = sampled(policy, settings)
     before, _ = run_update(policy, settings, samples, lr=5.0)
     after, _ = run_update(policy, settings, samples)
     assert before["ratio_error"] <= allowed and before["clip_fraction"] == 0
-    assert after["ratio_error"] > 10 * allowed and after["clip_fraction"] > 0, "the update moved nothing"
+    assert after["ratio_error"] > 3 * allowed and after["clip_fraction"] > 0, "the update moved nothing"
 
 
 def test_weights_in_half_precision_as_on_a_gpu(tiny_model):
