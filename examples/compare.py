@@ -52,7 +52,7 @@ CLIP = "clipscore(examples/emoji-clip)"  # whether the pictures still show their
 REWARDS = {
     "compressibility": {"reward": "compressibility", "monitor": CLIP, "eval_images": 45},
     "incompressibility": {"reward": "incompressibility", "monitor": CLIP, "eval_images": 45},
-    "alignment": {"reward": CLIP, "steps": 4, "guidance_scale": 1, "lr": 0.003, "eval_images": 45},
+    "alignment": {"reward": CLIP, "steps": 4, "guidance_scale": 1, "lr": 0.003, "epochs": 26, "eval_images": 45},
 }
 METHODS = {
     "DDPO-IS": {"objective": "clipped"},
@@ -71,7 +71,7 @@ class RWRSettings(ddpo.Settings):
     """Those of ddpo.py, read as follows: an update takes `micro_batch` noisy latents from the whole epoch's images."""
 
     objective: str = ddpo.option("rwr", "rwr or rwr-sparse", choices=("rwr", "rwr-sparse"))
-    inverse_temperature: float = ddpo.option(1.0, "rwr: weights are softmax(this * advantage)", least=0)
+    inverse_temperature: float = ddpo.option(10.0, "rwr: weights are softmax(this * advantage)", least=0)
     keep: float = ddpo.option(0.1, "rwr-sparse: share of the images that is kept, all with the same weight", above=0)
 
 
