@@ -23,7 +23,6 @@ has none). A KL penalty to the pretrained model is there, but off: the clip rang
 
 import argparse
 import csv
-import dataclasses
 import itertools
 import json
 import math
@@ -36,7 +35,7 @@ import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -45,7 +44,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on packag
 import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor
@@ -57,7 +55,7 @@ from torch import nn
 from tqdm import tqdm
 
 import rewards
-from rewards import UserError
+from rewards import UserError, explained
 
 # ---------------------------------------------------------------- settings
 
@@ -68,24 +66,13 @@ def option(default, help, least=None, above=None, choices=None):
 
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
-
-
-@contextmanager
-def explained(mistake):
-    """Whatever fails inside becomes a UserError: the mistake, and the first line of what the library says about it."""
-    try:
-        yield
-    except Exception as error:
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides why it cannot write
-        said = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-        raise error if isinstance(error, UserError) else UserError(f"{mistake} ({said})") from None
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. The defaults are for Stable Diffusion on one GPU of 24 GB: the values of the authors' LoRA runs,
-    with fewer images and steps in an epoch so that an epoch takes minutes. A model folder may bring its own in `ddpo.json`;
-    the command line overrides both."""
+    with fewer images and steps in an epoch so that an epoch takes minutes. `make_settings` says what overrides them."""
 
     reward: str = option("compressibility", "what to maximise: a name from rewards.py, FILE.py:FUNCTION, or a mix: 'A + 0.1*B'")
     model: str = option("emoji-diffusion", "hub id or folder of a pipeline: Stable Diffusion 1.x, 2.x, XL, or DDPM of pixels")
@@ -93,8 +80,7 @@ class Settings:
     out: str = option("", "run folder; empty means runs/REWARD, or runs/REWARD-2 and so on if that exists")
     seed: int = option(0, "seed of every random number", least=0)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first of these that is there")
-    precision: str = option("auto", "fp32, bf16 or fp16 in the network; auto: fp16 on cuda, bf16 on the cpu, else fp32",
-                            choices=("auto", "fp32", "bf16", "fp16"))  # fmt: skip
+    precision: str = option("auto", "fp32, bf16 or fp16; auto: fp16 on cuda, bf16 on the cpu, else fp32", choices=DTYPES)
     # sampling
     epochs: int = option(50, "rounds of sampling and training", least=1)
     images_per_epoch: int = option(64, "images sampled in an epoch (the paper: 256)", least=2)
@@ -134,7 +120,7 @@ class Settings:
     save_every: int = option(1, "epochs between two saved states, from which --resume goes on", least=1)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
             if f.type is float and type(value) is int:
                 object.__setattr__(self, f.name, value := float(value))
@@ -153,23 +139,20 @@ class Settings:
             raise UserError(f"--eta must be at most 1, not {self.eta}")
         if self.stats_min_count > self.stats_buffer:
             raise UserError(f"--stats-min-count {self.stats_min_count} is never reached: --stats-buffer is {self.stats_buffer}")
-        for divisor in ("updates_per_epoch", "samples_per_prompt"):
-            if self.images_per_epoch % getattr(self, divisor):
-                flag = "--" + divisor.replace("_", "-")
-                raise UserError(f"--images-per-epoch must be a multiple of {flag}, {getattr(self, divisor)}")
+        for flag, value in (("--updates-per-epoch", self.updates_per_epoch), ("--samples-per-prompt", self.samples_per_prompt)):
+            if self.images_per_epoch % value:
+                raise UserError(f"--images-per-epoch must be a multiple of {flag}, {value}")
         if not self.lora_rank and (self.kl_coef or self.kl_stop or self.init_lora):
-            raise UserError("--kl-coef, --kl-stop and --init-lora need a LoRA: without it, as with --lora-rank 0, the pretrained "
-                            "model is not at hand to compare with")  # fmt: skip
+            raise UserError("--kl-coef, --kl-stop and --init-lora need a LoRA; with --lora-rank 0 there is none")
 
 
 def make_settings(flags, config=None):
-    """Settings from the dataclass, then the file `config` or else the model folder's own `ddpo.json`, then `flags`; the later
-    ones override the earlier."""
+    """The defaults, overridden by the file `config` or else by the model folder's `ddpo.json`, and these by `flags`."""
     file = Path(config) if config else model_path(flags.get("model", Settings.model)) / "ddpo.json"
     with explained(f"{file} must be a json object of settings"):
         values = dict(json.loads(file.read_text())) if config or file.is_file() else {}
     values.pop("made_with", None)
-    if unknown := values.keys() - {f.name for f in dataclasses.fields(Settings)}:
+    if unknown := values.keys() - {f.name for f in fields(Settings)}:
         raise UserError(f"{file}: there is no setting named {', '.join(sorted(unknown))}")
     values.update(flags)
     if values.get("objective") == "reinforce":
@@ -202,12 +185,12 @@ def load_prompts(name, flag="--prompts"):
     return prompts
 
 
-def pick_device(name):
+def pick_device(name, flag="--device"):
     """The torch.device of that name, or the best one of this machine for "auto"."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [kind for kind in there if there[kind]]
     if name not in ("auto", *usable):
-        raise UserError(f"--device {name}: not on this machine; it has {', '.join(usable)}")
+        raise UserError(f"{flag} {name}: not on this machine; it has {', '.join(usable)}")
     return torch.device(usable[0] if name == "auto" else name)
 
 
@@ -231,7 +214,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.on:  # in place, because passes over y are what a LoRA costs
             a, b = (layer.weight.to(y.dtype) for layer in (self.lora_A, self.lora_B))
-            y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).flatten(0, -2), b.T)
+            y.view(-1, y.shape[-1]).addmm_(nn.functional.linear(x, a).flatten(0, -2), b.T)
         return y
 
 
@@ -281,9 +264,7 @@ class Policy:
     An unconditional model of pixels has no prompts, no guidance and no VAE: all its prompts are one, its latents the image."""
 
     def __init__(self, settings, device):
-        auto = {"cuda": "fp16", "cpu": "bf16"}.get(device.type, "fp32")
-        precision = auto if settings.precision == "auto" else settings.precision
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.dtype = DTYPES[settings.precision] or {"cuda": torch.float16, "cpu": torch.bfloat16}.get(device.type, torch.float32)
         pipe = load_pipeline(settings.model)
         self.pipe, self.unet, self.device = pipe, pipe.unet, device
         self.latent, self.xl = hasattr(pipe, "vae"), isinstance(pipe, StableDiffusionXLPipeline)
@@ -366,8 +347,7 @@ class Policy:
         if self.latent:
             context["encoder_hidden_states"] = self.table[0][cond]
         if self.xl:
-            time_ids = self.time_ids.expand(len(cond), -1)
-            context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": time_ids}
+            context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": self.time_ids.expand(len(cond), -1)}
         with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
             eps = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
         if guided:
@@ -375,18 +355,19 @@ class Policy:
             eps = uncond + self.guidance_scale * (conditional - uncond)
         return eps
 
-    def fitting_pairs(self, most=64):
-        """How many (image, step) pairs may go through the network at once: the power of 2 that takes up to 80 % of a GPU's free
-        memory, going by what the second of two pairs takes. Elsewhere 16; more would not be faster."""
+    def fitting_pairs(self):
+        """How many (image, step) pairs may go through the network at once: the power of 2, up to 64, that takes up to 80 % of a
+        GPU's free memory, going by what the second of two pairs takes. Elsewhere 16; more would not be faster."""
         if self.device.type != "cuda":
             return 16
         free, peaks, t = torch.cuda.mem_get_info(self.device)[0], [], self.scheduler.timesteps
+        free -= 12 * sum(p.numel() for p in self.weights)  # their gradients and AdamW's moments are still to come
         for pairs in (1, 2):
             torch.cuda.reset_peak_memory_stats(self.device)
             x_t = self.scheduler.alphas_cumprod.new_zeros(pairs, *self.latent_shape)
             torch.autograd.grad(self.predict(x_t, t[:1].expand(pairs), self.encode([""] * pairs)).sum(), self.weights)
             peaks.append(torch.cuda.max_memory_allocated(self.device))
-        return 2 ** int(math.log2(max(1, min(most, 0.8 * free / (peaks[1] - peaks[0])))))
+        return 2 ** int(math.log2(max(1, min(64, 0.8 * free / (peaks[1] - peaks[0])))))
 
     @torch.no_grad()
     def decode(self, x_0):
@@ -399,12 +380,11 @@ class Policy:
 
 def load_pipeline(model):
     """Open a pipeline of a kind that can be trained here, from a hub id or a folder, without a safety checker."""
-    path = str(model_path(model))
+    path = model_path(model).as_posix()
     kinds = {"StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
              "StableDiffusionXLPipeline": {"add_watermarker": False}, "DDPMPipeline": {}, "DDIMPipeline": {}}  # fmt: skip
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     found = "the folder holds no complete pipeline" if os.path.isdir(path) else "no such folder, and the hub gives none"
     with explained(f"--model {model}: {found}; name a folder with a model_index.json, or a hub id"):
         kind = DiffusionPipeline.load_config(path).get("_class_name")
@@ -477,8 +457,7 @@ def rollout(policy, prompts, eta, generator):
 
 @torch.no_grad()
 def score(terms, images, prompts):
-    """r(x_0, c), the weighted sum of the K rewards in `terms`, and each of them: (B, 1 + K) float32. One that breaks its
-    contract stops the run."""
+    """r(x_0, c), the weighted sum of the K rewards in `terms`, and each of them: (B, 1 + K) float32."""
     total, columns, n = 0, [], len(prompts)
     for label, weight, reward_fn in terms:
         try:
@@ -536,7 +515,7 @@ class PromptStats:
         return torch.tensor(adv, dtype=torch.float32)
 
 
-# ---------------------------------------------------------------- objectives
+# ---------------------------------------------------------------- objectives, and how far they have led
 
 
 def clipped_loss(logp, logp_old, adv, clip_range):
@@ -565,14 +544,10 @@ def kl_to_pretrained(policy, eps, x_t, t, cond, eta):
     return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
 
 
-# ---------------------------------------------------------------- over-optimisation
-
-
 @torch.no_grad()
 def measure_kl(policy, x, cond, settings, generator):
     """Nats per trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained model: an unbiased estimate,
-    from the steps of a sixteenth of the images, which costs about a thirtieth of an epoch. Counted are the steps that are
-    learned from. If that is all of them (min_std 0), it is the bound; nearly deterministic ones would be nearly all of it."""
+    from the trained steps of a sixteenth of the images: a thirtieth of an epoch's cost. With min_std 0 it is the bound."""
     images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
     total, t = 0.0, policy.scheduler.timesteps
     for i, j in (micro.unbind(1) for micro in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch)):
@@ -598,10 +573,9 @@ def update(run, samples, generator, tick=lambda: None):
     pairs, summed up in micro-batches. One that is not finite is skipped. Returns the epoch's metrics."""
     (x, logp_old, cond, adv), settings, policy = samples, run.settings, run.policy
     t = policy.scheduler.timesteps
-    pairs_seen, totals, ratio_error, grad_norms, skipped = 0, torch.zeros(3, device=x.device), None, [], 0
+    totals, ratio_errors, grad_norms = torch.zeros(3, device=x.device), [], []
     for share in torch.randperm(len(x), generator=generator).to(x.device).chunk(settings.updates_per_epoch):
         pairs = torch.cartesian_prod(share, policy.trained_steps)  # (images * steps, 2)
-        worst = []
         for i, j in (micro.unbind(1) for micro in pairs.split(policy.micro_batch)):
             eps = policy.predict(x[i, j], t[j], cond[i])
             _, logp = ddim_step(policy.scheduler, eps, t[j], x[i, j], settings.eta, x_prev=x[i, j + 1])
@@ -616,26 +590,23 @@ def update(run, samples, generator, tick=lambda: None):
             with torch.no_grad():
                 log_ratio = logp - logp_old[i, j]
                 off = (log_ratio.exp() - 1).abs()
-                worst.append(off.max())
+                if not grad_norms:  # nothing has been updated yet, so these should be 0
+                    ratio_errors.append(off.max())
                 totals += torch.stack([loss.sum(), (off > policy.clip_range).sum(), (log_ratio**2).sum() / 2])
-        if ratio_error is None:
-            ratio_error = torch.stack(worst).max().item()  # nothing has been updated yet, so this should be 0
         run.scaler.unscale_(run.optimizer)
         grad_norms.append(nn.utils.clip_grad_norm_(policy.weights, settings.grad_clip).item())
         if math.isfinite(grad_norms[-1]):  # a loss or log-probability that is not finite shows here too
             run.scaler.step(run.optimizer)
-        else:
-            skipped += 1
         run.scaler.update()
         run.optimizer.zero_grad()
-        pairs_seen += len(pairs)
         tick()
-    loss, clip_fraction, approx_kl = (totals / pairs_seen).tolist()
+    loss, clip_fraction, approx_kl = (totals / (len(x) * len(policy.trained_steps))).tolist()
+    ratio_error, skipped = torch.stack(ratio_errors).max().item(), sum(not math.isfinite(norm) for norm in grad_norms)
     return {"loss": loss, "ratio_error": ratio_error, "clip_fraction": clip_fraction, "approx_kl": approx_kl,
             "grad_norm": float(np.mean(grad_norms)), "skipped": skipped}  # fmt: skip
 
 
-# ---------------------------------------------------------------- state
+# ---------------------------------------------------------------- the run folder: state, settings, metrics, pictures
 
 
 @contextmanager
@@ -674,7 +645,7 @@ class Run:
 
     def too_far(self, row):
         """Whether the KL of an epoch is past --kl-stop."""
-        return self.settings.kl_stop > 0 and (row.get("kl") or 0) > self.settings.kl_stop
+        return 0 < self.settings.kl_stop < (row.get("kl") or 0)
 
     def save(self, folder):
         """Write the state after the newest epoch; the one before it is kept too."""
@@ -722,22 +693,19 @@ def reopen(name, flags):
     changes = {f: f"--{f.replace('_', '-')} {getattr(old, f)} -> {flags[f]}" for f in flags if flags[f] != getattr(old, f)}
     if refused := [text for f, text in changes.items() if f not in CHANGEABLE]:
         raise UserError(f"--resume {folder}: {', '.join(refused)} would make it another experiment; start a new run")
-    new = dataclasses.replace(old, **flags)
-    states = sorted(folder.glob("state_*.pt"))
-    state = path if path.is_file() else states[-1] if states else None
-    back = ["later epochs will be written over"] if state and state < states[-1] else []
+    new = replace(old, **flags)
+    newest = max(folder.glob("state_*.pt"), default=None)
+    state = path if path.is_file() else newest
+    back = ["later epochs will be written over"] if state != newest else []
     print("resumes  " + ", ".join([str(state or folder), *changes.values(), *back]))
     return new, folder, state
-
-
-# ---------------------------------------------------------------- the run folder
 
 
 def make_run_folder(settings):
     """A new folder for this run; one that holds anything is never written to."""
     base = "runs/" + re.sub(r"[^\w.-]+", "_", settings.reward).strip("_")
     names = (base + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-    with explained(f"--out {settings.out}: cannot make that folder"):
+    with explained(f"--out {settings.out or base}: cannot make that folder"):
         folder = Path(settings.out or next(name for name in names if not os.path.exists(name)))
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"--out {folder} is not empty; name another folder, or leave --out away (or --resume {folder})")
@@ -747,12 +715,12 @@ def make_run_folder(settings):
 
 def write_config(settings, folder, device):
     """config.json: the settings, for --config and --resume, and what the run is made with."""
-    made_with = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
-    made_with["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     failed, commit = subprocess.getstatusoutput(f'git -C "{EXAMPLES}" describe --always --dirty --abbrev=40')
-    made_with["git"] = None if failed else commit
+    made_with = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    made_with |= {"device": name, "git": None if failed else commit}
     with whole_file(folder / "config.json") as tmp:
-        tmp.write_text(json.dumps({**dataclasses.asdict(settings), "made_with": made_with}, indent=2) + "\n")
+        tmp.write_text(json.dumps({**asdict(settings), "made_with": made_with}, indent=2) + "\n")
 
 
 def write_metrics(log, folder):
@@ -783,7 +751,7 @@ def look(policy, terms, prompts, settings, folder, epoch, tile=144):
     return reward.mean().item()
 
 
-# ---------------------------------------------------------------- train
+# ---------------------------------------------------------------- train, main
 
 
 def train(run, terms, prompts, eval_prompts, folder):
@@ -825,7 +793,7 @@ def train(run, terms, prompts, eval_prompts, folder):
                 save_lora(policy.unet, folder / "pytorch_lora_weights.safetensors")
             run.save(folder)
         bar.write("epoch {epoch:3d}  reward {reward_mean:.3f} +- {reward_std:.3f}  {seconds:.0f} s".format(**row))
-        bar.set_postfix(reward=row["reward_mean"], kl=row["kl"])
+        bar.set_postfix({column: row[column] for column in ("reward_mean", "kl") if row[column] is not None})
         if row.get("skipped"):
             bar.write(f"epoch {epoch:3d}  {row['skipped']} of {settings.updates_per_epoch} updates skipped: not finite")
         if all(past.get("skipped") == settings.updates_per_epoch for past in log[-3:]):
@@ -840,11 +808,11 @@ def launch(settings, folder=None, state=None):
     prompts = load_prompts(settings.prompts)
     eval_prompts = load_prompts(settings.eval_prompts, "--eval-prompts") if settings.eval_prompts else prompts
     device = pick_device(settings.device)
-    reward_device = pick_device(settings.reward_device) if settings.reward_device else device
+    reward_device = pick_device(settings.reward_device, "--reward-device") if settings.reward_device else device
     terms = rewards.load_rewards(settings.reward, settings.monitor, reward_device, settings.reward_batch_size)
     random_numbers(settings, 0, device)  # seeds the LoRA
     torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
-    policy = Policy(settings, device)
+    policy = Policy(replace(settings, init_lora="") if state else settings, device)
     if not policy.latent:
         prompts = eval_prompts = [""]
     run = Run(settings, policy)
@@ -855,12 +823,15 @@ def launch(settings, folder=None, state=None):
     introduce(settings, policy, prompts, folder)
     try:
         train(run, terms, prompts, eval_prompts, folder)
+        if not settings.lora_rank:
+            with explained(f"cannot write {folder / 'pipeline'}; what was saved before is whole"):
+                policy.pipe.to(torch.float32).save_pretrained(folder / "pipeline")
     except KeyboardInterrupt:
         raise UserError(f"stopped; go on with: python ddpo.py --resume {folder}") from None
     looks = [row for row in run.log if "eval_reward" in row]
-    before, after = looks[0], looks[-1]
-    print(f"\nReward on the same prompts and noise: {before['eval_reward']:.3f} before, {after['eval_reward']:.3f} after; see "
-          f"{folder / 'samples'}/epoch_{after['epoch']:04d}.png")  # fmt: skip
+    before, after = looks[0]["eval_reward"], looks[-1]["eval_reward"]
+    picture = folder / "samples" / f"epoch_{looks[-1]['epoch']:04d}.png"
+    print(f"\nReward on the same prompts and noise: {before:.3f} before, {after:.3f} after; see {picture}")
     if settings.lora_rank:
         how = f"in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})"
         if not policy.latent:  # diffusers cannot load a LoRA there
@@ -868,7 +839,6 @@ def launch(settings, folder=None, state=None):
         print(f"The LoRA is in {folder}; {how}")
     else:
         result = str(folder / "pipeline")
-        policy.pipe.to(torch.float32).save_pretrained(result)
         print(f"The pipeline is in {result}; in diffusers: DiffusionPipeline.from_pretrained({result!r})")
     return folder
 
@@ -885,14 +855,11 @@ def introduce(settings, policy, prompts, folder):
     print(f"run      {s.epochs} epochs = {s.epochs * s.images_per_epoch} reward queries; results go to {folder}", flush=True)
 
 
-# ---------------------------------------------------------------- main
-
-
 def parse(argv=None):
     """The command line, in which every field of Settings is a flag, as the arguments of `launch`."""
     about = "Fine-tune a diffusion model on a reward with DDPO. A model folder's ddpo.json overrides the defaults shown here."
     parser = argparse.ArgumentParser("ddpo.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for f in dataclasses.fields(Settings):
+    for f in fields(Settings):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         how = {"type": f.type, "metavar": f.type.__name__.upper()}
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
@@ -920,9 +887,9 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"ddpo.py: error: {error}")
     except torch.cuda.OutOfMemoryError:
-        s = settings
-        knobs = f"--micro-batch {s.micro_batch}, --sample-batch {s.sample_batch}, --precision {s.precision}"
-        more = "" if s.grad_checkpointing else "; --grad-checkpointing needs less"
+        micro_batch = settings.micro_batch or "0 (as many as fit)"
+        knobs = f"--micro-batch {micro_batch}, --sample-batch {settings.sample_batch}, --precision {settings.precision}"
+        more = "" if settings.grad_checkpointing else "; --grad-checkpointing needs less"
         sys.exit(f"ddpo.py: error: out of GPU memory; present values: {knobs}{more}; what was saved can be resumed")
     except KeyboardInterrupt:
         sys.exit("\nddpo.py: stopped; nothing had begun")

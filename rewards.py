@@ -31,6 +31,21 @@ class UserError(Exception):
     """Something that the person who started the run can mend; the message is one line that says how."""
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 250, placeholder=" ...")
+
+
+@contextmanager
+def explained(mistake):
+    """Whatever fails inside becomes a UserError: the mistake, and the first line of what the library says about it."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides why it cannot write
+        raise error if isinstance(error, UserError) else UserError(f"{mistake} ({first_line(reason)})") from None
+
+
 def to_pil(images):
     """(B, 3, H, W) float in [0, 1] -> B PIL images; pixels are rounded to the nearest of 256 levels, not cut off."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()  # (B, H, W, 3)
@@ -40,16 +55,14 @@ def to_pil(images):
 # ---------------------------------------------------------------- the size of a file
 
 
-def jpeg_kilobytes(image):
-    """Size of a PIL image as a JPEG of quality 95, in kB of 1000 bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=95)
-    return buffer.tell() / 1000
-
-
 def incompressibility(images, prompts):
-    """The JPEG's size: complex pictures score high (Black et al., section 5.1)."""
-    return torch.tensor([jpeg_kilobytes(image) for image in to_pil(images)], dtype=torch.float32)
+    """The size of a JPEG of quality 95, in kB of 1000 bytes: complex pictures score high (Black et al., section 5.1)."""
+    sizes = []
+    for image in to_pil(images):
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes)
 
 
 def compressibility(images, prompts):
@@ -60,25 +73,17 @@ def compressibility(images, prompts):
 # ---------------------------------------------------------------- loading models
 
 
-def first_line(error):
-    """What an exception says, in one line."""
-    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 250, placeholder=" ...")
-
-
 def fetch(load, name, **options):
     """load(name), such as AutoModel.from_pretrained, with the name in the UserError if neither disk nor hub has it."""
-    try:
+    with explained(f"cannot load {name}"):
         return load(name, **options)
-    except Exception as error:  # whatever is wrong with the files or the network, the library's first line says it
-        raise UserError(f"cannot load {name} ({first_line(error)})") from None
 
 
 def load_model(kind, name, device):
     """A frozen model in float32; on CUDA in half precision: that of the checkpoint (what was trained in bf16 can overflow
     in fp16), else fp16."""
     cuda = torch.device(device).type == "cuda"
-    dtype = "auto" if cuda else torch.float32
-    net, report = fetch(kind.from_pretrained, name, torch_dtype=dtype, output_loading_info=True)
+    net, report = fetch(kind.from_pretrained, name, torch_dtype="auto" if cuda else torch.float32, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):  # transformers would make these up, and a random judge still gives scores
         raise UserError(f"cannot load {name} ({len(missing)} weights are not in it, such as {missing[0]})")
     net = net.half() if cuda and net.dtype == torch.float32 else net
@@ -357,6 +362,7 @@ def load_rewards(text, monitors="", device="cpu", batch_size=8):
     for library in (huggingface_hub.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # of gigabytes that are fetched; the line above has switched them off too
     with about(f"--reward {text!r}"):
         terms = [("--reward", *term) for term in parse_mix(text)]
     for monitor in filter(None, re.split(r",\s*(?![^()]*\))", monitors)):  # at the commas outside parentheses
