@@ -53,6 +53,8 @@ MISTAKES = [
     ("--images-per-epoch 10 --updates-per-epoch 4", "--images-per-epoch.* multiple of --updates-per-epoch"),
     ("--reward beauty", "--reward beauty.*compressibility, incompressibility"),
     ("--device tpu", "--device tpu: not on this machine; it has.*cpu"),
+    ("--reward-device tpu", "--reward-device tpu: not on this machine; it has.*cpu"),
+    ("--monitor beauty", "--monitor beauty: unknown; choose from compressibility, incompressibility"),
     ("--steps 1001", "--steps 1001: the model knows 1000 timesteps"),
     ("--prompts gone.txt", "--prompts gone.txt"),
     ("--prompts .", "--prompts .: neither one of activities, animals, imagenet nor a readable text file"),

@@ -11,10 +11,12 @@ import pickle
 import re
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_tiny_pipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from test_cli import failure
 from test_train import as_flags, flags, read_metrics
@@ -319,6 +321,37 @@ def test_a_folder_without_a_run(name, tmp_path, capsys, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     line = failure(capsys, "--resume", tmp_path / name)
     assert f"--resume {tmp_path / name}: no run there" in line and "\n" not in line and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_is_no_state_in_a_run_without_one(run, capsys):
+    for state in run.glob("state_*.pt"):
+        state.unlink()
+    line = failure(capsys, "--resume", run / "config.json")
+    assert f"{run / 'config.json'} is damaged or of another kind of run; before it: none" in line and "\n" not in line
+
+
+def test_the_lora_that_a_run_began_from_is_not_needed_again(start, run, tmp_path, capsys):
+    lora = shutil.copy(run / "pytorch_lora_weights.safetensors", tmp_path / "lora.safetensors")
+    for folder, epochs in (("whole", 2), ("parted", 1)):
+        ddpo.main(start(tmp_path / folder, init_lora=lora, epochs=epochs, eval_every=1))
+    Path(lora).unlink()
+    ddpo.main(["--resume", str(tmp_path / "parted"), "--epochs", "2"])
+    assert differences(tmp_path / "parted", tmp_path / "whole", ["state_00001.pt"]) == []
+
+
+@pytest.mark.parametrize("trouble, message", [
+    (OSError("No space left on device"), "cannot write .*pipeline; what was saved before is whole .No space left on device."),
+    (KeyboardInterrupt(), "stopped; go on with: python ddpo.py --resume"),
+])  # fmt: skip
+def test_a_pipeline_that_could_not_be_saved_is_saved_on_resuming(trouble, message, start, tmp_path, capsys, monkeypatch):
+    def trouble_in_saving(*args, **kwargs):
+        raise trouble
+
+    with monkeypatch.context() as context:
+        context.setattr(StableDiffusionPipeline, "save_pretrained", trouble_in_saving)
+        assert re.search(message, failure(capsys, *start(tmp_path / "run", lora_rank=0, epochs=1)))
+    ddpo.main(["--resume", str(tmp_path / "run")])
+    assert (tmp_path / "run/pipeline/model_index.json").is_file()
 
 
 def test_without_a_name_it_is_the_newest_run(runs, tmp_path, capsys, monkeypatch):
