@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 MONITOR = "clipscore(examples/emoji-clip)"
 LIMIT = 500  # nats; chosen after runs of seeds 0 and 1
 SETTINGS = {"reward": "incompressibility", "monitor": MONITOR, "kl_stop": LIMIT, "eval_every": 20, "save_every": 5,
-            "reward_batch_size": 64}  # fmt: skip
+            "reward_batch_size": 64, "updates_per_epoch": 4, "samples_per_prompt": 1}  # fmt: skip
 SHOWN = {"reward_mean": "reward: kB of the JPEG", MONITOR: "monitor: cosine with the prompt",
          "diversity": "diversity of latents", "kl": "KL to the pretrained model, nats"}  # fmt: skip
 
