@@ -10,7 +10,7 @@ one denoising step draws it from, and a reward r(x_0, c) comes only at the end. 
     for every epoch:
         draw prompts c and sample images x_T, ..., x_0, keeping every latent and its log-probability     (rollout)
         reward = r(x_0, c)                                                                               (score)
-        adv = (reward - mean) / std, with the mean and std of earlier rewards of the same prompt         (PromptStats)
+        adv = (reward - mean) / std, with the mean and std of the same prompt's recent rewards           (PromptStats)
         for every (image, step) pair: ratio = p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c)  (ddim_step)
             loss = max(-adv * ratio, -adv * clip(ratio, 1 - clip_range, 1 + clip_range))                 (clipped_loss)
         average the gradient over the pairs, step the optimizer                                          (update)

@@ -61,6 +61,7 @@ METHODS = {
     "RWR": {"objective": "rwr", "updates_per_epoch": 8, "lr": 3e-5},
     "RWR-sparse": {"objective": "rwr-sparse", "updates_per_epoch": 8, "lr": 3e-5},
 }
+RECOGNISABLE = 0.8  # the clipscore; untrained it is 0.86
 SECONDS = 0.006  # for one image a call of the network, with its share of training, on two free CPU cores
 
 
@@ -175,16 +176,29 @@ def read(settings):
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
+def best_recognisable(rows):
+    """The best mean reward of three successive epochs with a mean clipscore of at least RECOGNISABLE, and the queries so far."""
+    values = np.array([[row["reward_mean"], row[CLIP], row["queries"]] for row in rows[1:]])
+    means = np.lib.stride_tricks.sliding_window_view(values, 3, 0).mean(-1)  # (epochs - 2, 3)
+    best = max(range(len(means)), key=lambda i: (means[i, 1] >= RECOGNISABLE, means[i, 0]))
+    return means[best, 0], values[best + 2, 2]
+
+
 def cells(seeds, look, epoch):
-    """Of the runs of several seeds the reward of one look and the clipscore of one epoch, as text."""
-    looks = [rows[look]["eval_reward"] for rows in seeds]
-    scores = [rows[epoch][CLIP] for rows in seeds if CLIP in rows[epoch]]
-    return [f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if v[1:] else "") if v else "-" for v in (looks, scores)]
+    """Of the runs of several seeds, as text: the reward of one look, the clipscore of one epoch, the best reward that leaves the
+    pictures recognisable, and after how many queries."""
+    looks, watched = [rows[look]["eval_reward"] for rows in seeds], [rows for rows in seeds if CLIP in rows[epoch]]
+    best, queries = np.array([best_recognisable(rows) for rows in watched]).reshape(-1, 2).T
+    texts = []
+    for values, n in [(looks, 3), ([rows[epoch][CLIP] for rows in watched], 3), (best, 3), (queries, 0)]:
+        spread = f" ± {np.std(values, ddof=1):.{n}f}" if len(values) > 1 else ""
+        texts.append(f"{np.mean(values):.{n}f}{spread}" if len(values) else "-")
+    return texts
 
 
 def report(todo, folder):
     """compare.md and compare.png, from the runs that have ended. A reward in the table is that of the last look: the same
-    prompts and noise for every method and, before training, for the pretrained model. A clipscore is of the last epoch."""
+    prompts and noise for every method and, before training, for the pretrained model. The other columns are of `cells`."""
     import matplotlib.pyplot as plt
 
     runs = {reward: {method: [] for method in METHODS} for reward, *_ in todo}
@@ -194,7 +208,7 @@ def report(todo, folder):
     figure, axes = plt.subplots(2, len(runs), figsize=(5 * len(runs), 7), squeeze=False, sharex="col", height_ratios=[2, 1])
     for (upper, lower), (reward, methods) in zip(axes.T, runs.items()):
         untrained = max(methods.values(), key=len)
-        table["pretrained"] += cells(untrained, 0, 1)
+        table["pretrained"] += [*cells(untrained, 0, 1)[:2], "-", "-"]
         for method, seeds in methods.items():
             table[method] += cells(seeds, -1, -1)
             for axis, column in [(upper, "reward_mean"), (lower, CLIP)]:
@@ -212,8 +226,9 @@ def report(todo, folder):
     figure.tight_layout()
     figure.savefig(folder / "compare.png", dpi=130)
     plt.close(figure)
-    lines = ["| | " + " | ".join(f"{reward} | clipscore" for reward in runs) + " |", "|---" * (2 * len(runs) + 1) + "|"]
-    lines += [f"| {method} | {' | '.join(row)} |" for method, row in table.items()]
+    lines = ["| reward | method | at the end | clipscore | best recognisable | at query |", "|---" * 6 + "|"]
+    for n, reward in enumerate(runs):
+        lines += [f"| {reward} | {method} | {' | '.join(row[4 * n : 4 * n + 4])} |" for method, row in table.items()]
     (folder / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines) + f"\nsaved {folder / 'compare.png'} and compare.md beside it")
 

@@ -49,6 +49,15 @@ def test_sparse_weights_keep_the_best_tenth_and_what_equals_it():
     assert compare.sparse_weights(torch.full((7,), 0.3), 0.1).tolist() == [1] * 7
 
 
+def test_the_best_recognisable_reward_is_that_of_three_epochs():
+    rows = [{"queries": 0, "eval_reward": 0.5}]
+    scores = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]
+    rows += [{"queries": 64 * n, "reward_mean": n, compare.CLIP: score} for n, score in enumerate(scores, 1)]
+    assert compare.best_recognisable(rows) == (3, 256)  # epochs 2 to 4, with 0.8 on average
+    seeds = [[{**row, "eval_reward": e} for row in rows] for e in (1, 2)]
+    assert compare.cells(seeds, -1, -1) == ["1.500 ± 0.707", "0.500 ± 0.000", "3.000 ± 0.000", "256 ± 0"]
+
+
 # ---------------------------------------------------------------- the loss
 
 
@@ -192,7 +201,8 @@ def test_one_command_compares_all(command, tmp_path, capsys, monkeypatch):
     table = (tmp_path / "runs/compare.md").read_text()
     assert (tmp_path / "runs/compare.png").stat().st_size > 10_000 and table in capsys.readouterr().out
     ends = {"pretrained": rows["RWR"][0], **{method: r[-1] for method, r in rows.items()}}
-    assert table.splitlines()[2:] == [f"| {m} | {float(row['eval_reward']):.3f} | - |" for m, row in ends.items()]
+    lines = [f"| compressibility | {m} | {float(row['eval_reward']):.3f} | - | - | - |" for m, row in ends.items()]
+    assert table.splitlines()[2:] == lines
 
     import plot
 
@@ -207,7 +217,8 @@ def test_one_command_compares_all(command, tmp_path, capsys, monkeypatch):
     (runs["RWR"] / "state_00002.pt").unlink()
     monkeypatch.setattr(compare, "run_one", lambda settings: None)
     command("runs")
-    assert (tmp_path / "runs/compare.md").read_text().splitlines()[5] == "| RWR | - | - |"  # for only finished runs count
+    line = (tmp_path / "runs/compare.md").read_text().splitlines()[5]
+    assert line == "| compressibility | RWR | - | - | - | - |"  # for only finished runs count
 
 
 def test_a_stopped_comparison_goes_on(command, tmp_path, monkeypatch):
