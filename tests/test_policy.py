@@ -218,9 +218,9 @@ def test_compiling_changes_no_ratio(tiny_model, monkeypatch):
     assert not [name for name in policy.unet.state_dict() if "_orig_mod" in name], "a LoRA would be saved under other names"
 
 
-@pytest.mark.parametrize("free, pairs", [(1e9, 1), (6e9, 2), (12e9, 4), (20e9, 8), (80e9, 32), (500e9, 64)])
+@pytest.mark.parametrize("free, pairs", [(1e9, 1), (5e9, 1), (5e9 + 1e6, 2), (12e9, 4), (21e9, 8), (90e9, 32), (500e9, 64)])
 def test_a_gpu_is_filled(free, pairs, tiny_model, monkeypatch):
-    """One pair takes 3 GB, another 2 GB more; a fifth of the free memory is left."""
+    """One pair takes 3 GB, another 2 GB more; a fifth is left of what is free and not wanted for what AdamW keeps."""
     policy, _ = make_policy(tiny_model)
     peaks, seen = {1: 3e9, 2: 5e9}, []
     predict = policy.predict
