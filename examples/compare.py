@@ -215,13 +215,17 @@ def report(todo, folder):
                 values = np.array([[row[column] for row in rows[1:] if column in row] for rows in seeds])  # (seeds, epochs)
                 if values.size:
                     queries = [row["queries"] for row in seeds[0][1:]]
-                    axis.plot(queries, values.mean(0), label=method)
+                    axis.plot(queries, values.mean(0), "--" if "sparse" in method else "-", label=method)
                     axis.fill_between(queries, values.min(0), values.max(0), alpha=0.2)
         if untrained:
             start = np.mean([rows[1]["reward_mean"] for rows in untrained])  # of images that were drawn before any update
-            upper.axhline(start, color="grey", linestyle="--", label="pretrained")
+            upper.axhline(start, color="grey", linestyle=":", label="pretrained")
         upper.set_title(f"{reward}, {len(untrained)} seed" + "s" * (len(untrained) > 1))
         lower.set(xlabel="reward queries", ylabel="clipscore")
+        if not lower.lines:
+            lower.set_visible(False)
+            upper.tick_params(labelbottom=True)
+            upper.set_xlabel("reward queries")
     axes[0, 0].legend()
     figure.tight_layout()
     figure.savefig(folder / "compare.png", dpi=130)
