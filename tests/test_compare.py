@@ -92,7 +92,7 @@ def test_denoising_loss_is_that_of_plain_diffusers(prediction, guidance, tmp_pat
 def make_run(model, objective, **settings):
     """A Run of RWR and samples as ddpo.train hands them to an update: 30 images with advantages that differ."""
     policy, base = make_policy(model, images_per_epoch=30, **settings)
-    settings = compare.RWRSettings(**{**dataclasses.asdict(base), "objective": objective})
+    settings = compare.RWRSettings(**{**dataclasses.asdict(base), "objective": objective}, inverse_temperature=1.0)
     torch.manual_seed(1)
     x, adv = torch.randn(30, 3, *policy.latent_shape), torch.randn(30)
     return ddpo.Run(settings, policy), (x, None, policy.encode(["cat", "dog", "bee"] * 10), adv)
