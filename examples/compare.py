@@ -55,14 +55,20 @@ CLIP = "clipscore(examples/emoji-clip)"  # whether the pictures still show their
 REWARDS = {
     "compressibility": {"reward": "compressibility", "monitor": CLIP, "eval_images": 45},
     "incompressibility": {"reward": "incompressibility", "monitor": CLIP, "eval_images": 45},
-    "alignment": {"reward": CLIP, "steps": 4, "guidance_scale": 1, "lr": 0.003, "epochs": 26, "eval_images": 45},
+    "clipscore": {"reward": CLIP, "steps": 4, "guidance_scale": 1, "lr": 0.003, "epochs": 26, "eval_images": 45},
 }
 METHODS = {
     "DDPO-IS": {"objective": "clipped"},
     "DDPO-SF": {"objective": "reinforce", "updates_per_epoch": 1, "lr": 0.01},
-    "RWR": {"objective": "rwr", "updates_per_epoch": 8, "lr": 3e-5},
-    "RWR-sparse": {"objective": "rwr-sparse", "updates_per_epoch": 8, "lr": 3e-5},
+    "RWR": {"objective": "rwr", "updates_per_epoch": 8},
+    "RWR-sparse": {"objective": "rwr-sparse", "updates_per_epoch": 8},
+    "equal weights": {"objective": "rwr", "updates_per_epoch": 8, "inverse_temperature": 0.0},
 }
+RWR = {
+    "compressibility": {"lr": 1e-3, "inverse_temperature": 3.0},
+    "incompressibility": {"lr": 1e-4, "inverse_temperature": 10.0},
+    "clipscore": {"lr": 3e-5, "inverse_temperature": 10.0},
+}  # of all three kinds, but for equal weights
 RECOGNISABLE = 0.8  # the clipscore; untrained it is 0.86
 SECONDS = 0.006  # for one image a call of the network, with its share of training, on two free CPU cores
 
@@ -138,9 +144,9 @@ def plan(args, flags):
         given += [*(["--epochs=10"] if args.quick else []), *flags]  # of two, the later one counts
         given += [f"--seed={seed}", f"--out={args.runs}/{reward}/{method}-{seed}"]
         common = dataclasses.asdict(ddpo.parse(given)[0])
-        own = {"eval_every": common["epochs"], **METHODS[method]}
-        kind = RWRSettings if own["objective"].startswith("rwr") else ddpo.Settings
-        todo.append((reward, method, seed, kind(**{**common, **own})))
+        rwr = METHODS[method]["objective"].startswith("rwr")
+        own = {"eval_every": common["epochs"], **(RWR[reward] if rwr else {}), **METHODS[method]}
+        todo.append((reward, method, seed, (RWRSettings if rwr else ddpo.Settings)(**{**common, **own})))
     return todo
 
 
@@ -178,12 +184,21 @@ def read(settings):
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
+def best_window(values, least):
+    """Means of three successive rows of `values`, whose columns are a reward, what is watched, and any others (epochs, columns):
+    those with the best reward where what is watched is `least` or more, and the last row's number. None if there are none."""
+    if len(values) < 3:
+        return None
+    means = np.lib.stride_tricks.sliding_window_view(np.array(values), 3, 0).mean(-1)  # (epochs - 2, columns)
+    best = max((i for i in range(len(means)) if means[i, 1] >= least), key=lambda i: means[i, 0], default=None)
+    return None if best is None else (means[best], best + 2)
+
+
 def best_recognisable(rows):
-    """The best mean reward of three successive epochs with a mean clipscore of at least RECOGNISABLE, and the queries so far."""
-    values = np.array([[row["reward_mean"], row[CLIP], row["queries"]] for row in rows[1:]])
-    means = np.lib.stride_tricks.sliding_window_view(values, 3, 0).mean(-1)  # (epochs - 2, 3)
-    best = max(range(len(means)), key=lambda i: (means[i, 1] >= RECOGNISABLE, means[i, 0]))
-    return means[best, 0], values[best + 2, 2]
+    """The best mean reward of three successive epochs with a clipscore of at least RECOGNISABLE, and the queries so far; NaN if
+    there are none."""
+    found = best_window([[row["reward_mean"], row[CLIP]] for row in rows[1:]], RECOGNISABLE)
+    return (found[0][0], rows[1 + found[1]]["queries"]) if found else (math.nan, math.nan)
 
 
 def cells(seeds, look, epoch):
@@ -194,7 +209,7 @@ def cells(seeds, look, epoch):
     texts = []
     for values, n in [(looks, 3), ([rows[epoch][CLIP] for rows in watched], 3), (best, 3), (queries, 0)]:
         spread = f" ± {np.std(values, ddof=1):.{n}f}" if len(values) > 1 else ""
-        texts.append(f"{np.mean(values):.{n}f}{spread}" if len(values) else "-")
+        texts.append(f"{np.mean(values):.{n}f}{spread}" if np.isfinite(values).all() and len(values) else "-")
     return texts
 
 

@@ -19,7 +19,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -74,12 +73,16 @@ def train(variant, seed, share, folder):
 
 
 def result(run):
-    """The last of the best three epochs of a run, how many it has, and the means of those three: JPEG, share named, nats."""
+    """The last of the best three epochs of a run, how many it has, and the means of those three: JPEG, share named, nats. None
+    if no three were nameable."""
+    from compare import best_window
+
     with open(run / "metrics.csv") as file:
         rows = [[float(row[c] or 0) for c in ("reward_mean", "named", "kl")] for row in list(csv.DictReader(file))[1:]]
-    means = np.lib.stride_tricks.sliding_window_view(np.array(rows), 3, 0).mean(-1)  # (epochs - 2, 3)
-    best = max(range(len(means)), key=lambda i: (means[i, 1] >= NAMEABLE, means[i, 0]))
-    return best + 3, len(rows), -means[best, 0], *means[best, 1:]
+    if not (found := best_window(rows, NAMEABLE)):
+        return None
+    (reward, named, nats), last = found
+    return last + 1, len(rows), -reward, named, nats
 
 
 def report(folder):
@@ -87,7 +90,9 @@ def report(folder):
     found = []
     for run in folder.glob("*/state_*.pt"):
         variant, seed = run.parent.name.split(" seed ")
-        epoch, ran, size, named, nats = result(run.parent)
+        if not (best := result(run.parent)):
+            continue
+        epoch, ran, size, named, nats = best
         minutes = 5 * epoch * int(settings(variant)["images_per_epoch"]) * int(settings(variant)["steps"]) / WORK
         found.append((size, f"| {variant} | {seed} | {ran} | {epoch} | {minutes:.1f} | {size:.2f} | {named:.2f} | {nats:.0f} |"))
     lines = ["| variant | seed | epochs run | best end at | minutes | kB | named | nats |", "|---|---|---|---|---|---|---|---|"]

@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_policy, save_tiny_pipeline
@@ -54,8 +55,11 @@ def test_the_best_recognisable_reward_is_that_of_three_epochs():
     scores = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]
     rows += [{"queries": 64 * n, "reward_mean": n, compare.CLIP: score} for n, score in enumerate(scores, 1)]
     assert compare.best_recognisable(rows) == (3, 256)  # epochs 2 to 4, with 0.8 on average
+    assert np.isnan(compare.best_recognisable(rows[:3])).all()  # two epochs
+    assert np.isnan(compare.best_recognisable([rows[0], *rows[4:]])).all()  # none is recognisable
     seeds = [[{**row, "eval_reward": e} for row in rows] for e in (1, 2)]
     assert compare.cells(seeds, -1, -1) == ["1.500 ± 0.707", "0.500 ± 0.000", "3.000 ± 0.000", "256 ± 0"]
+    assert compare.cells([rows[:3]], 0, -1) == ["0.500", "0.900", "-", "-"]
 
 
 # ---------------------------------------------------------------- the loss
@@ -177,12 +181,13 @@ def test_the_methods_differ_in_nothing_else():
     """Equal reward queries and sampling for every method; and every run has its own folder."""
     args = argparse.Namespace(seeds=[0, 1], rewards=list(compare.REWARDS), runs="runs/compare", quick=False)
     todo = compare.plan(args, ["--epochs", "7"])
-    assert len({settings.out for *_, settings in todo}) == len(todo) == 2 * len(compare.REWARDS) * 4
+    assert len({settings.out for *_, settings in todo}) == len(todo) == 2 * len(compare.REWARDS) * 5
     assert all(settings.seed == seed for _, _, seed, settings in todo) and {seed for _, _, seed, _ in todo} == {0, 1}
     for name in compare.REWARDS:
         of_reward = [dataclasses.asdict(settings) for reward, *_, settings in todo if reward == name]
         varied = {k for k in of_reward[0] if len({str(settings[k]) for settings in of_reward}) > 1}
-        assert varied <= {"out", "seed", "objective", "updates_per_epoch", "lr"} and of_reward[0]["epochs"] == 7
+        own = {"out", "seed", "objective", "updates_per_epoch", "lr", "inverse_temperature"}
+        assert varied <= own | {"keep"} and of_reward[0]["epochs"] == 7
         parsed = [rewards.find_reward(n, a) for _, n, a in rewards.parse_mix(of_reward[0]["reward"])]
         assert len(parsed) == 1
     assert (ddpo.EXAMPLES.parent / compare.CLIP[len("clipscore(") : -1] / "config.json").is_file()
@@ -194,9 +199,9 @@ def test_one_command_compares_all(command, tmp_path, capsys, monkeypatch):
     rows = {method: read_rows(run) for method, run in runs.items()}
     assert all([row["queries"] for row in r] == ["0", "16", "32"] for r in rows.values())
     assert len({r[0]["eval_reward"] for r in rows.values()}) == 1  # all start from the same model, prompts and noise
-    assert len({r[1]["reward_mean"] for r in rows.values()}) == 1 and len({r[1]["loss"] for r in rows.values()}) == 4
+    assert len({r[1]["reward_mean"] for r in rows.values()}) == 1 and len({r[1]["loss"] for r in rows.values()}) == 5
     configs = [json.loads((run / "config.json").read_text()) for run in runs.values()]
-    assert [config["objective"] for config in configs] == ["clipped", "reinforce", "rwr", "rwr-sparse"]
+    assert [config["objective"] for config in configs] == ["clipped", "reinforce", "rwr", "rwr-sparse", "rwr"]
 
     table = (tmp_path / "runs/compare.md").read_text()
     assert (tmp_path / "runs/compare.png").stat().st_size > 10_000 and table in capsys.readouterr().out
@@ -206,11 +211,11 @@ def test_one_command_compares_all(command, tmp_path, capsys, monkeypatch):
 
     import plot
 
-    assert len(plot.groups(list(runs.values()))) == 4 and "reward_mean" in plot.read(runs["RWR"])[1]
+    assert len(plot.groups(list(runs.values()))) == 5 and "reward_mean" in plot.read(runs["RWR"])[1]
 
     monkeypatch.setattr(ddpo, "launch", None)  # would fail if anything was run again
     command("runs")
-    assert "0 of 4 runs to go" in capsys.readouterr().out and (tmp_path / "runs/compare.md").read_text() == table
+    assert "0 of 5 runs to go" in capsys.readouterr().out and (tmp_path / "runs/compare.md").read_text() == table
     with pytest.raises(SystemExit, match="DDPO-IS-0 was run with another lr"):
         command("runs", "--lr", "0.02")
 

@@ -53,4 +53,7 @@ def test_plot_shows_the_mean_and_range_of_seeds(tmp_path, monkeypatch, capsys):
     band = axis.collections[0].get_paths()[0].vertices
     assert {tuple(point) for point in band.tolist()} == {(64, 1), (64, 3), (128, 2), (128, 6)}
     assert out.stat().st_size > 10_000 and f"saved {out}" in capsys.readouterr().out
+    run_script("plot.py", monkeypatch, tmp_path / "a", "--columns", "diversity", "--out", out)
+    (axis,) = plt.gcf().axes
+    assert axis.get_ylabel() == "diversity" and axis.get_lines()[0].get_xydata().tolist() == [[64, 1], [128, 0.9]]
     plt.close("all")
