@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -47,8 +48,8 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageDraw
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -93,8 +94,9 @@ class Settings:
     reward_device: str = option("", "where the rewards' networks run; empty means on the device that trains")
     # learning
     objective: str = option("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)", choices=("clipped", "reinforce"))
-    updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on its own share of the images", least=1)
+    updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on a minibatch of its own", least=1)
     micro_batch: int = option(0, "(image, step) pairs in a network call, for speed and memory only; 0: as many as fit", least=0)
+    train_steps_fraction: float = option(1.0, "share of its steps that an image is learned from, drawn at random", above=0)
     grad_checkpointing: bool = option(False, "compute activations anew in the backward pass: slower, in less memory")
     compile: bool = option(False, "torch.compile the network: minutes at the start, faster from then on")
     lr: float = option(3e-4, "AdamW's learning rate; with --lora-rank 0 the default is 1e-5", above=0)
@@ -108,15 +110,15 @@ class Settings:
     weight_decay: float = option(1e-4, "AdamW's weight decay", least=0)
     grad_clip: float = option(1.0, "the gradient's norm is clipped to this", above=0)
     stats_buffer: int = option(32, "rewards remembered of each prompt", least=1)
-    stats_min_count: int = option(16, "with fewer rewards than this, a prompt is compared with the whole batch", least=1)
+    stats_min_count: int = option(16, "with fewer rewards than this (or a group) a prompt is compared with the batch", least=1)
     # against over-optimisation
     kl_coef: float = option(0.0, "what a nat of KL to the pretrained model costs, in standard deviations of the reward", least=0)
     kl_stop: float = option(0.0, "the run ends once this many nats lie between it and the pretrained model; 0: never", least=0)
     monitor: str = option("", "rewards to log but not to optimise, NAME[,NAME]: they show when the reward is gamed")
-    # looking and saving
-    eval_every: int = option(5, "epochs between two looks at the same prompts and noise", least=1)
-    eval_prompts: str = option("", "a set or file as for --prompts, to look at others than those trained on; empty: the same")
-    eval_images: int = option(12, "images of such a look", least=1)
+    # evaluating and saving
+    eval_every: int = option(5, "epochs between two evaluations, on the same prompts and noise each time", least=1)
+    eval_prompts: str = option("", "a set or file as for --prompts, to evaluate on others than those trained on; empty: the same")
+    eval_images: int = option(12, "images of an evaluation", least=1)
     save_every: int = option(1, "epochs between two saved states, from which --resume goes on", least=1)
 
     def __post_init__(self):
@@ -125,7 +127,8 @@ class Settings:
             if f.type is float and type(value) is int:
                 object.__setattr__(self, f.name, value := float(value))
             if type(value) is not f.type or (f.type is float and not math.isfinite(value)):
-                raise UserError(f"{flag} must be a finite {f.type.__name__}, not {value!r}")
+                kind = "finite number" if f.type is float else f.type.__name__
+                raise UserError(f"{flag} must be a {kind}, not {value!r}")
             least, above, choices = (f.metadata[k] for k in ("least", "above", "choices"))
             if least is not None and value < least:
                 raise UserError(f"{flag} must be at least {least}, not {value}")
@@ -135,8 +138,9 @@ class Settings:
                 raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
         if self.objective == "reinforce" and self.updates_per_epoch != 1:
             raise UserError("--objective reinforce needs fresh samples for every update: use --updates-per-epoch 1")
-        if self.eta > 1:
-            raise UserError(f"--eta must be at most 1, not {self.eta}")
+        for flag, value in (("--eta", self.eta), ("--train-steps-fraction", self.train_steps_fraction)):
+            if value > 1:
+                raise UserError(f"{flag} must be at most 1, not {value}")
         if self.stats_min_count > self.stats_buffer:
             raise UserError(f"--stats-min-count {self.stats_min_count} is never reached: --stats-buffer is {self.stats_buffer}")
         for flag, value in (("--updates-per-epoch", self.updates_per_epoch), ("--samples-per-prompt", self.samples_per_prompt)):
@@ -176,7 +180,7 @@ def load_prompts(name, flag="--prompts"):
     """The prompts of a set (a file in examples/prompts) or of a text file: one a line, blank lines and # comments left out."""
     sets = {path.stem: path for path in sorted(EXAMPLES.glob("prompts/*.txt"))}
     with explained(f"{flag} {name}: neither one of {', '.join(sets)} nor a readable text file"):
-        lines = sets.get(name, Path(name)).read_text(encoding="utf-8").splitlines()
+        lines = sets.get(name, Path(name)).read_text(encoding="utf-8-sig").splitlines()
     prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not prompts:
         raise UserError(f"{flag} {name}: the file holds no prompt; write one on each line")
@@ -199,9 +203,9 @@ def pick_device(name, flag="--device"):
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank one: y = W x + B A x, with A (rank, in) and B (out, rank) in float32.
-    B starts at zero, so the layer starts as the pretrained one; with `on` false it is."""
+    B starts at zero, so the layer starts as the pretrained one."""
 
-    on = True  # of all layers at once
+    on = True  # of all layers at once: see without_lora
 
     def __init__(self, base, rank):
         super().__init__()
@@ -218,6 +222,16 @@ class LoRALinear(nn.Module):
         return y
 
 
+@contextmanager
+def without_lora():
+    """Inside, every LoRA layer is the pretrained one."""
+    LoRALinear.on = False
+    try:
+        yield
+    finally:
+        LoRALinear.on = True
+
+
 def add_lora(unet, rank):
     """Freeze the UNet, put a LoRA on the query, key, value and output projections of its attentions, return the LoRA weights."""
     unet.requires_grad_(False)
@@ -229,7 +243,7 @@ def add_lora(unet, rank):
 
 def save_lora(unet, path):
     """Write the LoRA in diffusers' layout; alpha is not in the file, which means that it equals the rank."""
-    weights = {f"unet.{k}": v.detach().cpu().contiguous() for k, v in unet.state_dict().items() if ".lora_" in k}
+    weights = {f"unet.{k}": v.cpu() for k, v in unet.state_dict().items() if ".lora_" in k}
     with whole_file(path) as tmp:
         save_file(weights, tmp, metadata={"format": "pt"})
 
@@ -267,8 +281,8 @@ class Policy:
         self.dtype = DTYPES[settings.precision] or {"cuda": torch.float16, "cpu": torch.bfloat16}.get(device.type, torch.float32)
         pipe = load_pipeline(settings.model)
         self.pipe, self.unet, self.device = pipe, pipe.unet, device
-        self.latent, self.xl = hasattr(pipe, "vae"), isinstance(pipe, StableDiffusionXLPipeline)
-        self.guidance_scale = settings.guidance_scale if self.latent else 1.0
+        self.conditional, self.xl = hasattr(pipe, "vae"), isinstance(pipe, StableDiffusionXLPipeline)
+        self.guidance_scale = settings.guidance_scale if self.conditional else 1.0
         self.prepare(settings)
         if settings.lora_rank:
             self.weights = add_lora(self.unet, settings.lora_rank)
@@ -280,7 +294,7 @@ class Policy:
             init_lora(self.unet, settings.init_lora)
 
         # DDIM's own default is to clip x_0 to the range of pixels; latents must not be, unless the model's config says so.
-        self.scheduler = DDIMScheduler.from_config({"clip_sample": not self.latent, **pipe.scheduler.config})
+        self.scheduler = DDIMScheduler.from_config({"clip_sample": not self.conditional, **pipe.scheduler.config})
         if settings.steps > self.scheduler.config.num_train_timesteps:
             raise UserError(f"--steps {settings.steps}: the model knows {self.scheduler.config.num_train_timesteps} timesteps")
         self.scheduler.set_timesteps(settings.steps, device=device)
@@ -293,7 +307,10 @@ class Policy:
         self.trained_steps = (std > settings.min_std).nonzero().flatten()
         if not len(self.trained_steps):
             raise UserError(f"no step has an std above --min-std {settings.min_std}: nothing to learn from; use more --steps")
+        self.steps_learned = max(1, round(settings.train_steps_fraction * len(self.trained_steps)))  # of an image in an epoch
         size = self.unet.config.sample_size
+        if not size:
+            raise UserError(f"--model {settings.model}: its UNet's config has no sample_size; write the height of latents there")
         self.latent_shape = (self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size))  # (C, H, W)
         self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
         if self.xl:  # original size, crop and target size
@@ -322,7 +339,7 @@ class Policy:
         if self.device.type == "cuda":
             self.unet.to(memory_format=torch.channels_last)  # what a GPU's convolutions want, and a CPU's do not
             torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
-            if self.latent:
+            if self.conditional:
                 self.pipe.vae.enable_slicing()  # decodes image by image: gigabytes less, hardly slower
         if settings.grad_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -332,10 +349,11 @@ class Policy:
         """Prompts -> cond (B,), their rows in the tables of embeddings. Each is encoded once; row 0 is for no prompt."""
         for prompt in [p for p in dict.fromkeys(prompts) if p not in self.rows]:
             self.rows[prompt] = len(self.rows) + 1
-            if self.latent:
+            if self.conditional:
                 flags = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
                 encoded = self.pipe.encode_prompt(prompt=prompt, **flags)  # with and without prompt; in XL then both pooled
-                self.table = [torch.cat(part).to(self.unet.dtype) for part in zip(self.table or encoded[1::2], encoded[::2])]
+                rows, empty = encoded[::2], encoded[1::2]
+                self.table = [torch.cat(part).to(self.unet.dtype) for part in zip(self.table or empty, rows)]
         return torch.tensor([self.rows[p] for p in prompts], device=self.device)
 
     def predict(self, x_t, t, cond):
@@ -344,7 +362,7 @@ class Policy:
         guided, context = self.guidance_scale > 1, {}
         if guided:
             x_t, t, cond = torch.cat([x_t, x_t]), t.repeat(2), torch.cat([torch.zeros_like(cond), cond])
-        if self.latent:
+        if self.conditional:
             context["encoder_hidden_states"] = self.table[0][cond]
         if self.xl:
             context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": self.time_ids.expand(len(cond), -1)}
@@ -367,12 +385,12 @@ class Policy:
             x_t = self.scheduler.alphas_cumprod.new_zeros(pairs, *self.latent_shape)
             torch.autograd.grad(self.predict(x_t, t[:1].expand(pairs), self.encode([""] * pairs)).sum(), self.weights)
             peaks.append(torch.cuda.max_memory_allocated(self.device))
-        return 2 ** int(math.log2(max(1, min(64, 0.8 * free / (peaks[1] - peaks[0])))))
+        return 2 ** int(math.log2(max(1, min(64, 0.8 * free / max(1, peaks[1] - peaks[0])))))
 
     @torch.no_grad()
     def decode(self, x_0):
         """Latents (B, C, H, W) -> images (B, 3, height, width), float32 in [0, 1]."""
-        if self.latent:
+        if self.conditional:
             vae = self.pipe.vae
             x_0 = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample
         return (x_0.float() / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)  # a model of pixels may be grey
@@ -429,7 +447,7 @@ def ddim_step(scheduler, model_output, t, x_t, eta=1.0, x_prev=None, generator=N
     log N(x_prev; mean, std^2), as in the paper's code. Where std is 0 the step is deterministic: logp is 0, without gradient."""
     mean, std = ddim_mean_std(scheduler, model_output, t, x_t, eta)
     if x_prev is None:
-        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         x_prev = (mean + std * noise).detach().to(x_t.dtype)
     random = std > 0
     std = torch.where(random, std, 1)
@@ -445,7 +463,7 @@ def ddim_step(scheduler, model_output, t, x_t, eta=1.0, x_prev=None, generator=N
 def rollout(policy, prompts, eta, generator):
     """Sample one image for each of B prompts. Returns the trajectory x (B, T+1, C, H, W), noise first, and logp (B, T)."""
     cond = policy.encode(prompts)
-    x = [randn_tensor((len(prompts), *policy.latent_shape), generator=generator, device=policy.device)]
+    x = [torch.randn(len(prompts), *policy.latent_shape, generator=generator, device=policy.device)]
     logps = []
     for t in policy.scheduler.timesteps:
         t = t.expand(len(prompts))
@@ -465,7 +483,8 @@ def score(terms, images, prompts):
         except (UserError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            where = [frame for frame in frames if "-packages" not in frame.filename][-1]  # the user's line, not torch's
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"reward {label} failed at {prompts[0]!r}: {what} ({where.filename}, line {where.lineno})") from error
         if reward.shape != (n,):
@@ -484,6 +503,8 @@ def sample(policy, terms, prompts, settings, generator, tick=lambda: None):
     with ThreadPoolExecutor(1) as scorer:  # scores a batch while the next one is sampled; one thread, so always in order
         for i in range(0, len(prompts), settings.sample_batch):
             batch = prompts[i : i + settings.sample_batch]
+            if scores:
+                scores[-1].result()  # one batch may wait, not more: what fails there, or is stopped, ends here
             parts.append(rollout(policy, batch, settings.eta, generator))
             scores.append(scorer.submit(score, terms, policy.decode(parts[-1][0][:, -1]), batch))
             tick()
@@ -496,7 +517,7 @@ def sample(policy, terms, prompts, settings, generator, tick=lambda: None):
 
 class PromptStats:
     """Running rewards of each prompt. They play the part of the value function: an advantage compares a reward with what the
-    same prompt usually gets (section 4.2). A prompt with fewer than `min_count` rewards falls back on the whole batch's."""
+    same prompt usually gets. A prompt with fewer than `min_count` rewards falls back on the whole batch's."""
 
     def __init__(self, buffer_size=32, min_count=16):
         self.buffer_size, self.min_count, self.buffers = buffer_size, min_count, {}
@@ -533,12 +554,8 @@ def reinforce_loss(logp, adv):
 def kl_to_pretrained(policy, eps, x_t, t, cond, eta):
     """KL(p_theta || p_pretrained) of denoising steps in nats, (B,). The two Gaussians share their std, so it is exact:
     ||mean - mean_pretrained||^2 / (2 std^2). Summed over a trajectory it bounds the KL between the two models' images."""
-    LoRALinear.on = False
-    try:
-        with torch.no_grad():
-            eps_pretrained = policy.predict(x_t, t, cond)
-    finally:
-        LoRALinear.on = True
+    with without_lora(), torch.no_grad():
+        eps_pretrained = policy.predict(x_t, t, cond)
     mean, std = ddim_mean_std(policy.scheduler, eps, t, x_t, eta)
     mean_pretrained, _ = ddim_mean_std(policy.scheduler, eps_pretrained, t, x_t, eta)
     return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
@@ -559,7 +576,8 @@ def measure_kl(policy, x, cond, settings, generator):
 def spread(x_0, prompts):
     """Mean distance between the final latents (N, C, H, W) of the same prompt; None if no prompt has two."""
     groups = [[i for i, p in enumerate(prompts) if p == prompt] for prompt in dict.fromkeys(prompts)]
-    distances = torch.cat([torch.pdist(x_0[group].flatten(1)) for group in groups])
+    # On the CPU, because not every device has this function.
+    distances = torch.cat([torch.pdist(x_0[group].flatten(1).cpu()) for group in groups])
     return distances.mean().item() if len(distances) else None
 
 
@@ -567,25 +585,28 @@ def spread(x_0, prompts):
 
 
 def update(run, samples, generator, tick=lambda: None):
-    """One epoch of learning: shuffle the N images, deal them into `updates_per_epoch` shares, take one optimizer step on each.
+    """One epoch of learning: shuffle the N images into `updates_per_epoch` minibatches, take one optimizer step on each.
 
-    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,). A share's gradient is the mean over its (image, step)
-    pairs, summed up in micro-batches. One that is not finite is skipped. Returns the epoch's metrics."""
+    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,). A minibatch's gradient is the mean over its (image,
+    step) pairs, summed up in micro-batches. One that is not finite is skipped. Returns the epoch's metrics."""
     (x, logp_old, cond, adv), settings, policy = samples, run.settings, run.policy
-    t = policy.scheduler.timesteps
     totals, ratio_errors, grad_norms = torch.zeros(3, device=x.device), [], []
-    for share in torch.randperm(len(x), generator=generator).to(x.device).chunk(settings.updates_per_epoch):
-        pairs = torch.cartesian_prod(share, policy.trained_steps)  # (images * steps, 2)
+    for minibatch in torch.randperm(len(x), generator=generator).to(x.device).chunk(settings.updates_per_epoch):
+        # Each image has its own random steps, so the gradient is that of all steps in expectation.
+        order = torch.rand(len(minibatch), len(policy.trained_steps), generator=generator).to(x.device)
+        steps = policy.trained_steps[order.topk(policy.steps_learned).indices.sort().values]  # (images, steps)
+        pairs = torch.stack([minibatch.repeat_interleave(steps.shape[1]), steps.flatten()], 1)  # (images * steps, 2)
         for i, j in (micro.unbind(1) for micro in pairs.split(policy.micro_batch)):
-            eps = policy.predict(x[i, j], t[j], cond[i])
-            _, logp = ddim_step(policy.scheduler, eps, t[j], x[i, j], settings.eta, x_prev=x[i, j + 1])
+            x_t, x_prev, t, c = x[i, j], x[i, j + 1], policy.scheduler.timesteps[j], cond[i]
+            eps = policy.predict(x_t, t, c)
+            _, logp = ddim_step(policy.scheduler, eps, t, x_t, settings.eta, x_prev=x_prev)
             if settings.objective == "clipped":
                 loss = clipped_loss(logp, logp_old[i, j], adv[i], policy.clip_range)
             else:
                 loss = reinforce_loss(logp, adv[i])
-            if settings.kl_coef:  # over the dimensions, like logp: so a nat costs kl_coef in advantage
-                kl = kl_to_pretrained(policy, eps, x[i, j], t[j], cond[i], settings.eta)
-                loss = loss + settings.kl_coef * kl / x[0, 0].numel()
+            if settings.kl_coef:  # logp is a mean over dimensions, so the KL is too: a nat costs kl_coef in advantage
+                kl = kl_to_pretrained(policy, eps, x_t, t, c, settings.eta)
+                loss = loss + settings.kl_coef * kl / x_t[0].numel()
             run.scaler.scale(loss.sum() / len(pairs)).backward()
             with torch.no_grad():
                 log_ratio = logp - logp_old[i, j]
@@ -600,7 +621,7 @@ def update(run, samples, generator, tick=lambda: None):
         run.scaler.update()
         run.optimizer.zero_grad()
         tick()
-    loss, clip_fraction, approx_kl = (totals / (len(x) * len(policy.trained_steps))).tolist()
+    loss, clip_fraction, approx_kl = (totals / (len(x) * policy.steps_learned)).tolist()
     ratio_error, skipped = torch.stack(ratio_errors).max().item(), sum(not math.isfinite(norm) for norm in grad_norms)
     return {"loss": loss, "ratio_error": ratio_error, "clip_fraction": clip_fraction, "approx_kl": approx_kl,
             "grad_norm": float(np.mean(grad_norms)), "skipped": skipped}  # fmt: skip
@@ -625,10 +646,13 @@ def whole_file(path):
 
 def random_numbers(settings, epoch, device):
     """Generators for the images and for prompts and batches. They depend on the seed and the epoch's number alone, so a resumed
-    run draws what it would have drawn; epoch 0 is that of the looks. Also seeds the global ones, for rewards that use them."""
+    run draws what it would have drawn; evaluations are epoch 0. Also seeds the global ones, for rewards that use them."""
     seed = (1_000_000 * settings.seed + epoch) % 2**32
     transformers.set_seed(seed)
     return torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
+
+
+STATES = "state_" + 5 * "[0-9]" + ".pt"  # not the copies that somebody keeps under other names
 
 
 class Run:
@@ -654,14 +678,14 @@ class Run:
         path = folder / f"state_{self.log[-1]['epoch']:05d}.pt"
         with whole_file(path) as tmp, open(tmp, "wb") as file:
             torch.save(state, file)
-        states = sorted(folder.glob("state_*.pt"))
+        states = sorted(folder.glob(STATES))
         now = states.index(path)
         for old in states[: max(now - 1, 0)] + states[now + 1 :]:  # later ones are of a branch that was left by resuming before
             old.unlink()
 
     def load(self, path):
         """Take over a saved state; UserError if the file is damaged or of another kind of run."""
-        earlier = [f"--resume {p}" for p in sorted(path.parent.glob("state_*.pt")) if p < path]
+        earlier = [f"--resume {p}" for p in sorted(path.parent.glob(STATES)) if p < path]
         with explained(f"{path} is damaged or of another kind of run; before it: {earlier[-1] if earlier else 'none'}"):
             if broken := ZipFile(path).testzip():
                 raise ValueError(f"the checksum of {broken} is wrong")  # torch does not look at it
@@ -694,7 +718,7 @@ def reopen(name, flags):
     if refused := [text for f, text in changes.items() if f not in CHANGEABLE]:
         raise UserError(f"--resume {folder}: {', '.join(refused)} would make it another experiment; start a new run")
     new = replace(old, **flags)
-    newest = max(folder.glob("state_*.pt"), default=None)
+    newest = max(folder.glob(STATES), default=None)
     state = path if path.is_file() else newest
     back = ["later epochs will be written over"] if state != newest else []
     print("resumes  " + ", ".join([str(state or folder), *changes.values(), *back]))
@@ -716,38 +740,39 @@ def make_run_folder(settings):
 def write_config(settings, folder, device):
     """config.json: the settings, for --config and --resume, and what the run is made with."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    failed, commit = subprocess.getstatusoutput(f'git -C "{EXAMPLES}" describe --always --dirty --abbrev=40')
+    failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(EXAMPLES))} describe --always --dirty --abbrev=40")
     made_with = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
     made_with |= {"device": name, "git": None if failed else commit}
     with whole_file(folder / "config.json") as tmp:
         tmp.write_text(json.dumps({**asdict(settings), "made_with": made_with}, indent=2) + "\n")
 
 
+COLUMNS = """epoch queries seconds reward_mean reward_std eval_reward kl diversity
+             loss ratio_error clip_fraction approx_kl grad_norm skipped""".split()
+
+
 def write_metrics(log, folder):
-    """metrics.csv, from the rows of all epochs."""
+    """metrics.csv, from the rows of all epochs: COLUMNS, and the rewards' own if there are several."""
     with whole_file(folder / "metrics.csv") as tmp, open(tmp, "w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(column for row in sorted(log, key=len)[::-1] for column in row))
+        writer = csv.DictWriter(file, dict.fromkeys([*COLUMNS, *log[-1]]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in log)
 
 
-def look(policy, terms, prompts, settings, folder, epoch, tile=144):
+def evaluate(policy, terms, prompts, settings, folder, epoch):
     """Sample the same prompts from the same noise every time, save them below those of epoch 0, return the mean reward."""
     prompts = [prompts[i % len(prompts)] for i in range(settings.eval_images)]
     terms = [term for term in terms if term[1]] or terms  # not the monitors
     x, _, scores = sample(policy, terms, prompts, settings, random_numbers(settings, 0, policy.device)[0])
-    reward = scores[:, 0]
+    reward, tiles = scores[:, 0], []
+    for x_0, prompt, r in zip(x[:, -1].split(1), prompts, reward.tolist()):
+        image = rewards.to_pil(policy.decode(x_0))[0].resize((140, 140), Image.BICUBIC)
+        tiles.append(ImageOps.expand(image, (2, 2, 2, 18), "white"))
+        ImageDraw.Draw(tiles[-1]).text((2, 144), f"{prompt[:16]}  {r:.2f}", fill="black")
     first, path = (folder / "samples" / f"epoch_{n:04d}.png" for n in (0, epoch))
-    canvas = Image.new("RGB", (len(prompts) * tile, (tile + 16) * (2 if epoch else 1)), "white")
-    if epoch:
-        canvas.paste(Image.open(first))
-    for k, prompt in enumerate(prompts):
-        corner = k * tile + 2, canvas.height - tile - 14
-        image = rewards.to_pil(policy.decode(x[k : k + 1, -1]))[0]
-        canvas.paste(image.resize((tile - 4, tile - 4), Image.BICUBIC), corner)
-        ImageDraw.Draw(canvas).text((corner[0], canvas.height - 16), f"{prompt[:16]}  {reward[k]:.2f}", fill="black")
+    rows = [*([Image.open(first)] if epoch and first.is_file() else []), make_image_grid(tiles, 1, len(tiles))]
     with whole_file(path) as tmp:
-        canvas.save(tmp, "PNG")
+        make_image_grid(rows, len(rows), 1).save(tmp, "PNG")
     return reward.mean().item()
 
 
@@ -755,13 +780,13 @@ def look(policy, terms, prompts, settings, folder, epoch, tile=144):
 
 
 def train(run, terms, prompts, eval_prompts, folder):
-    """The epochs of DDPO: draw prompts, sample and score, compare, update, look, log, save."""
+    """The epochs of DDPO: draw prompts, sample and score, compare, update, evaluate, log, save."""
     settings, policy, log, group = run.settings, run.policy, run.log, run.settings.samples_per_prompt
     ticks, start = math.ceil(settings.images_per_epoch / settings.sample_batch) + settings.updates_per_epoch, time.time()
     if log:
         start -= log[-1]["seconds"]
     else:
-        before = look(policy, terms, eval_prompts, settings, folder, 0)
+        before = evaluate(policy, terms, eval_prompts, settings, folder, 0)
         log.append({"epoch": 0, "queries": 0, "eval_reward": before, "seconds": time.time() - start})
     bar = tqdm(total=settings.epochs * ticks, initial=log[-1]["epoch"] * ticks, unit="batch")
     while log[-1]["epoch"] < settings.epochs and not run.too_far(log[-1]):
@@ -784,7 +809,7 @@ def train(run, terms, prompts, eval_prompts, folder):
             row |= update(run, (x, logp_old, cond, adv), choice, bar.update)
         last = epoch == settings.epochs or run.too_far(row)
         if last or epoch % settings.eval_every == 0:
-            row["eval_reward"] = look(policy, terms, eval_prompts, settings, folder, epoch)
+            row["eval_reward"] = evaluate(policy, terms, eval_prompts, settings, folder, epoch)
         row["seconds"] = time.time() - start
         log.append(row)
         write_metrics(log, folder)
@@ -810,10 +835,12 @@ def launch(settings, folder=None, state=None):
     device = pick_device(settings.device)
     reward_device = pick_device(settings.reward_device, "--reward-device") if settings.reward_device else device
     terms = rewards.load_rewards(settings.reward, settings.monitor, reward_device, settings.reward_batch_size)
+    if taken := [label for label, _, _ in terms if label in COLUMNS]:
+        raise UserError(f"the reward {taken[0]} has the name of a column of metrics.csv: rename the function")
     random_numbers(settings, 0, device)  # seeds the LoRA
     torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
     policy = Policy(replace(settings, init_lora="") if state else settings, device)
-    if not policy.latent:
+    if not policy.conditional:
         prompts = eval_prompts = [""]
     run = Run(settings, policy)
     if state:
@@ -827,28 +854,27 @@ def launch(settings, folder=None, state=None):
             with explained(f"cannot write {folder / 'pipeline'}; what was saved before is whole"):
                 policy.pipe.to(torch.float32).save_pretrained(folder / "pipeline")
     except KeyboardInterrupt:
-        raise UserError(f"stopped; go on with: python ddpo.py --resume {folder}") from None
-    looks = [row for row in run.log if "eval_reward" in row]
-    before, after = looks[0]["eval_reward"], looks[-1]["eval_reward"]
-    picture = folder / "samples" / f"epoch_{looks[-1]['epoch']:04d}.png"
+        raise UserError(f"stopped; go on with: python ddpo.py --resume {shlex.quote(str(folder))}") from None
+    evaluated = [row for row in run.log if "eval_reward" in row]
+    before, after = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
+    picture = folder / "samples" / f"epoch_{evaluated[-1]['epoch']:04d}.png"
     print(f"\nReward on the same prompts and noise: {before:.3f} before, {after:.3f} after; see {picture}")
-    if settings.lora_rank:
-        how = f"in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})"
-        if not policy.latent:  # diffusers cannot load a LoRA there
-            how = f"go on from it with --init-lora {folder / 'pytorch_lora_weights.safetensors'}"
-        print(f"The LoRA is in {folder}; {how}")
-    else:
+    if not settings.lora_rank:
         result = str(folder / "pipeline")
         print(f"The pipeline is in {result}; in diffusers: DiffusionPipeline.from_pretrained({result!r})")
+    elif policy.conditional:
+        print(f"The LoRA is in {folder}; in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})")
+    else:  # diffusers cannot load a LoRA there
+        print(f"The LoRA is in {folder}; go on from it with --init-lora {folder / 'pytorch_lora_weights.safetensors'}")
     return folder
 
 
 def introduce(settings, policy, prompts, folder):
     """Say what is about to run, and what it will cost."""
-    s, pairs = settings, settings.images_per_epoch * len(policy.trained_steps)
+    s, pairs = settings, settings.images_per_epoch * policy.steps_learned
     bundled = " (the bundled one; for Stable Diffusion: --model stable-diffusion-v1-5/stable-diffusion-v1-5)"
     print(f"model    {s.model}{bundled if s.model == Settings.model else ''}")
-    print(f"reward   {s.reward}, " + (f"{len(prompts)} prompts" if policy.latent else "no prompts"))
+    print(f"reward   {s.reward}, " + (f"{len(prompts)} prompts" if policy.conditional else "no prompts"))
     print(f"trains   {sum(p.numel() for p in policy.weights):,} weights on {policy.device} in {str(policy.dtype)[6:]}")
     print(f"epoch    {s.images_per_epoch} images of {s.steps} steps; {pairs} (image, step) pairs, {s.updates_per_epoch} updates; "
           f"{s.sample_batch} images and {policy.micro_batch} pairs at once")  # fmt: skip
@@ -867,22 +893,20 @@ def parse(argv=None):
     parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json, but for --out; flags override them")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="go on with a run: its folder or a state file in it; by default the newest in runs/")  # fmt: skip
+    parser.error = lambda message: parser.exit(2, f"ddpo.py: error: {message}; see --help\n")  # one line, not the usage of all
     flags = vars(parser.parse_args(argv))
     config, resume = flags.pop("config", None), flags.pop("resume", None)
-    try:
-        if config and resume is not None:
-            raise UserError("--config starts a new run, --resume goes on with an old one: use one of them")
-        if resume is not None:
-            return reopen(resume, flags)
-        return make_settings({"out": "", **flags} if config else flags, config), None, None  # not into the old run's folder
-    except UserError as error:
-        parser.exit(2, f"ddpo.py: error: {error}\n")
+    if config and resume is not None:
+        raise UserError("--config starts a new run, --resume goes on with an old one: use one of them")
+    if resume is not None:
+        return reopen(resume, flags)
+    return make_settings({"out": "", **flags} if config else flags, config), None, None  # not into the old run's folder
 
 
 def main(argv=None):
     """Run from the command line; a mistake ends in one line and a non-zero status."""
-    settings, folder, state = parse(argv)
     try:
+        settings, folder, state = parse(argv)
         launch(settings, folder, state)
     except UserError as error:
         sys.exit(f"ddpo.py: error: {error}")

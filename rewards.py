@@ -42,7 +42,8 @@ def explained(mistake):
     try:
         yield
     except Exception as error:
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides why it cannot write
+        hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)  # as torch.save hides it
+        reason = error.__context__ if hidden else error
         raise error if isinstance(error, UserError) else UserError(f"{mistake} ({first_line(reason)})") from None
 
 
@@ -150,21 +151,18 @@ def load_laion_head(name):
     path = Path(name)
     if not path.exists():
         path = Path(fetch(huggingface_hub.snapshot_download, name, allow_patterns=["*.safetensors", "*.pth", "*.pt"]))
-    if path.is_dir():
-        files = [file for ending in ("safetensors", "pth", "pt") for file in sorted(path.glob(f"*.{ending}"))]
-        if not files:
-            raise UserError(f"cannot load {name} (no .safetensors, .pth or .pt file in it)")
-        path = files[0]
-    if path.suffix == ".safetensors":
-        layers = fetch(safetensors.torch.load_file, path)
-    else:
-        layers = fetch(torch.load, path, map_location="cpu", weights_only=True)  # a pickle could run anything otherwise
-    weight, bias = torch.ones(1, 1), torch.zeros(1)
-    for i in (7, 6, 4, 2, 0):  # the numbers in between were dropout
-        if f"layers.{i}.weight" not in layers:
-            raise UserError(f"cannot load {path} (no layers.{i}.weight in it)")
-        bias = bias + weight @ layers[f"layers.{i}.bias"].float()
-        weight = weight @ layers[f"layers.{i}.weight"].float()
+    files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.pt*"))]
+    if not files:
+        raise UserError(f"cannot load {name} (no .safetensors, .pth or .pt file in it)")
+    with explained(f"cannot load {files[0]} as LAION's head"):
+        if files[0].suffix == ".safetensors":
+            layers = safetensors.torch.load_file(files[0])
+        else:
+            layers = torch.load(files[0], map_location="cpu", weights_only=True)  # a pickle could run anything otherwise
+        weight, bias = torch.ones(1, 1), torch.zeros(1)
+        for i in (7, 6, 4, 2, 0):  # the numbers in between were dropout
+            bias = bias + weight @ layers[f"layers.{i}.bias"].float()
+            weight = weight @ layers[f"layers.{i}.weight"].float()
     return weight[0], bias
 
 
@@ -335,24 +333,21 @@ def find_reward(name, args):
 
 def load_model_reward(name, args, device, batch_size):
     """Load a reward's models and score a grey image: what is missing or does not fit is said now, not after sampling."""
-    try:
-        reward = MODEL_REWARDS[name](*args, device=device, batch_size=batch_size)
-        score = reward(torch.full((1, 3, 64, 64), 0.5), ["a cat"])
-    except Exception as error:
-        what = error if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f'{what}; other models or local folders: "{write(name, options(name))}"') from None
+    reward = MODEL_REWARDS[name](*args, device=device, batch_size=batch_size)
+    score = reward(torch.full((1, 3, 64, 64), 0.5), ["a cat"])
     if not score.isfinite().all():
         raise UserError(f"gives a grey image {score.item()}, which is no score")
     return reward
 
 
 @contextmanager
-def about(what):
+def about(what, hint=""):
     """Whatever goes wrong inside is about this part of the command line."""
     try:
         yield
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
+    except Exception as error:
+        why = error if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{what}: {why}{hint}") from None
 
 
 def load_rewards(text, monitors="", device="cpu", batch_size=8):
@@ -376,7 +371,7 @@ def load_rewards(text, monitors="", device="cpu", batch_size=8):
         with about(f"{flag} {write(name, args)}"):
             found.append(find_reward(name, args))
     for i, (flag, _, name, args) in enumerate(terms):
-        with about(f"{flag} {write(name, args)}"):
-            if name in MODEL_REWARDS:
+        if name in MODEL_REWARDS:
+            with about(f"{flag} {write(name, args)}", f'; other models or local folders: "{write(name, options(name))}"'):
                 found[i] = load_model_reward(name, args, device, batch_size)
     return [(label, weight, function) for label, (_, weight, *_), function in zip(labels, terms, found)]

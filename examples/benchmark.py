@@ -115,18 +115,15 @@ def record(policy, phase, *args):
 
 def floor(policy, calls):
     """The same network calls and nothing else: without the LoRA, or with it and backward to its weights."""
-    try:
-        for inputs, context, learning, autocast in calls:
-            ddpo.LoRALinear.on = learning
+    for inputs, context, learning, autocast in calls:
+        with contextlib.nullcontext() if learning else ddpo.without_lora():
             with torch.set_grad_enabled(learning), torch.autocast(policy.device.type, policy.dtype, enabled=autocast):
                 eps = policy.unet(*inputs, **context).sample.float()
-            if learning and policy.guidance_scale > 1:
-                uncond, conditional = eps.chunk(2)
-                eps = uncond + policy.guidance_scale * (conditional - uncond)
-            if learning:
-                eps.square().mean().backward()
-    finally:
-        ddpo.LoRALinear.on = True
+        if learning and policy.guidance_scale > 1:
+            uncond, conditional = eps.chunk(2)
+            eps = uncond + policy.guidance_scale * (conditional - uncond)
+        if learning:
+            eps.square().mean().backward()
 
 
 # ---------------------------------------------------------------- measuring
@@ -141,18 +138,19 @@ def measure(settings, repeats, measure_steps, arch=None):
     made_here = mock.patch.object(ddpo, "load_pipeline", lambda model: random_pipeline(arch, device))
     with made_here if arch else contextlib.nullcontext():
         policy = ddpo.Policy(s, device)
-    batch, steps, trained = min(s.sample_batch, s.images_per_epoch), min(measure_steps, s.steps), len(policy.trained_steps)
+    batch, steps, trained = min(s.sample_batch, s.images_per_epoch), min(measure_steps, s.steps), policy.steps_learned
     policy.scheduler.timesteps = policy.scheduler.timesteps[:steps]
     policy.trained_steps = policy.trained_steps[policy.trained_steps < steps]
+    policy.steps_learned = min(trained, len(policy.trained_steps))
     if not len(policy.trained_steps):
         raise UserError(f"--min-std {s.min_std} leaves out the first {steps} steps: use more --measure-steps")
     share = s.images_per_epoch // s.updates_per_epoch * trained  # (image, step) pairs of an optimizer step in training
-    copies = math.ceil(2 * min(policy.micro_batch, share) / (batch * len(policy.trained_steps)))  # of the batch, to learn from
-    pairs = copies * batch * len(policy.trained_steps)
+    copies = math.ceil(2 * min(policy.micro_batch, share) / (batch * policy.steps_learned))  # of the batch, to learn from
+    pairs = copies * batch * policy.steps_learned
     most = max(1, min(pairs // share, s.updates_per_epoch))
     updates = max(n for n in range(1, most + 1) if math.gcd(copies * batch, s.images_per_epoch) % n == 0)
     run = ddpo.Run(dataclasses.replace(s, updates_per_epoch=updates), policy)
-    prompts = ddpo.load_prompts(s.prompts) if policy.latent else [""]
+    prompts = ddpo.load_prompts(s.prompts) if policy.conditional else [""]
     prompts = (prompts * batch)[:batch]
     cond, adv = policy.encode(prompts * copies), torch.linspace(-1, 1, batch * copies, device=device)
 
@@ -239,8 +237,8 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for all the numbers")
     args, flags = parser.parse_known_args(argv)
     model = f"{args.arch}, random weights" if args.arch else args.model
-    s, folder, _ = ddpo.parse([*BATCHES.get(args.arch, []), *([f"--model={model}"] if model else []), *flags])
     try:
+        s, folder, _ = ddpo.parse([*BATCHES.get(args.arch, []), *([f"--model={model}"] if model else []), *flags])
         if folder:
             raise UserError("--resume: a benchmark always starts anew")
         for flag, value in (("--repeats", args.repeats), ("--measure-steps", args.measure_steps)):

@@ -171,7 +171,7 @@ def test_a_random_model_goes_through_all_phases(arch, tmp_path, monkeypatch, cap
     ("--steps 1001", "benchmark.py: error: --steps 1001: the model knows 1000 timesteps"),
     ("--reward beauty", "benchmark.py: error: --reward beauty: unknown"),
     ("--device tpu", "benchmark.py: error: --device tpu: not on this machine"),
-    ("--steps 0", "ddpo.py: error: --steps must be at least 1, not 0"),
+    ("--steps 0", "benchmark.py: error: --steps must be at least 1, not 0"),
     ("--repeat 3", "ddpo.py: error: unrecognized arguments: --repeat 3"),
     ("--min-std 0.99", "benchmark.py: error: .*--min-std 0.99"),
     ("--json there.json", "benchmark.py: error: --json there.json: it exists; name a new file"),

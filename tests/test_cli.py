@@ -5,11 +5,13 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ddpo
 import rewards
@@ -35,14 +37,22 @@ def nothing_happens(tmp_path, monkeypatch):
     assert list((tmp_path / "here").iterdir()) == []
 
 
+def test_what_argparse_finds_is_one_line_too(capsys):
+    assert "\n" not in failure(capsys, "--no-such-flag", 1)
+    with pytest.raises(SystemExit, match="2"):
+        ddpo.main(["--epochs", "many"])
+    assert capsys.readouterr().err == "ddpo.py: error: argument --epochs: invalid int value: 'many'; see --help\n"
+
+
 MISTAKES = [
     ("--no-such-flag 1", "--no-such-flag"),
     ("--epoch 3", "--epoch"),  # no abbreviations: a typing error must not set something else
     ("--lr fast", "--lr.*'fast'"),
     ("--lr -1", "--lr must be more than 0"),
-    ("--lr nan", "--lr must be a finite float"),
-    ("--lr inf", "--lr must be a finite float"),
+    ("--lr nan", "--lr must be a finite number"),
+    ("--lr inf", "--lr must be a finite number"),
     ("--eta 0", "--eta must be more than 0"),
+    ("--train-steps-fraction 1.5", "--train-steps-fraction must be at most 1, not 1.5"),
     ("--epochs 0", "--epochs must be at least 1"),
     ("--epochs -2", "--epochs must be at least 1"),
     ("--epochs 1.5", "--epochs.*'1.5'"),
@@ -144,6 +154,39 @@ def test_a_reward_that_breaks_its_contract(name, tiny_model, tmp_path, capsys, m
     flags = f"--reward mine --prompts {tmp_path / 'prompts.txt'} --out {tmp_path / 'run'} --steps 2 --device cpu"
     line = failure(capsys, "--model", tiny_model, *flags.split())
     assert re.search(f"reward mine returned {message}", line) and "\n" not in line
+
+
+def test_the_scorer_is_not_far_behind(tiny_model, tmp_path, capsys, monkeypatch):
+    """What fails, or is stopped, in the first batch ends before a third one is sampled."""
+    sampled, rollout = [], ddpo.rollout
+    monkeypatch.setattr(ddpo, "rollout", lambda *args: sampled.append(len(args[1])) or rollout(*args))
+    monkeypatch.setitem(rewards.REWARDS, "wrong", lambda images, prompts: torch.ones(2, 3) @ torch.ones(2, 3))
+    flags = f"--reward wrong --out {tmp_path / 'run'} --steps 2 --device cpu --sample-batch 2 --eval-images 20"
+    line = failure(capsys, "--model", tiny_model, *flags.split())
+    assert sampled in ([2], [2, 2]), "the reward of the first batch is known when the second has been sampled"
+    assert "reward wrong failed at 'cat': RuntimeError" in line and "test_cli.py, line" in line  # ours, not one of torch's
+
+
+@pytest.mark.parametrize("column", ["epoch", "reward_mean", "diversity"])
+def test_a_reward_with_the_name_of_a_column(column, tiny_model, capsys, nothing_happens):
+    """It would be written over, or write over it."""
+    path = nothing_happens / "mine.py"
+    path.write_text(f"def {column}(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    line = failure(capsys, "--model", tiny_model, "--monitor", f"{path}:{column}")
+    assert f"the reward {column} has the name of a column of metrics.csv" in line and "\n" not in line
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("# from an editor that writes one\ncat\n", encoding="utf-8-sig")
+    assert ddpo.load_prompts(tmp_path / "prompts.txt") == ["cat"]
+
+
+def test_a_model_without_a_sample_size(tiny_model, capsys, nothing_happens):
+    folder = shutil.copytree(tiny_model, nothing_happens / "model")
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps({**config, "sample_size": None}))
+    line = failure(capsys, "--model", folder)
+    assert "its UNet's config has no sample_size" in line and "\n" not in line
 
 
 def test_every_setting_is_a_flag_and_help_tells_its_default(capsys, monkeypatch):

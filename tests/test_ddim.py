@@ -60,8 +60,9 @@ def test_mean_std_and_sample_are_those_of_diffusers(prediction_type, spacing):
             torch.testing.assert_close(ours, reference(scheduler, output, t, x_t, eta, z), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 0.999])
 def test_zero_terminal_snr_is_that_of_diffusers(eta):
+    """At eta 1, 1 - abar_prev - std^2 is 0 for the first step, and on some machines rounding makes diffusers' root NaN."""
     scheduler = make_scheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
     t, x_t, output = make_inputs(scheduler)
     assert scheduler.alphas_cumprod[t[0]] == 0  # the first latent is pure noise: dividing by its signal would give infinity
@@ -72,13 +73,17 @@ def test_zero_terminal_snr_is_that_of_diffusers(eta):
 
 
 def test_zero_terminal_snr_is_finite_where_rounding_makes_a_square_negative():
-    """From pure noise at eta 1, 1 - abar_prev - std^2 is 0; with 20 steps it comes out as -6e-8, whose root is NaN."""
+    """From pure noise at eta 1, 1 - abar_prev - std^2 is 0; with 20 steps it comes out as 1e-7 or so, above 0 or below."""
     zero_snr = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
     scheduler = make_scheduler(20, beta_start=0.00085, **zero_snr)
     t, x_t, output = make_inputs(scheduler)
     mean, _ = ddim_mean_std(scheduler, output, t, x_t)
     assert mean.isfinite().all()
-    torch.testing.assert_close(mean[0], scheduler.alphas_cumprod[t[1]].sqrt() * -output[0])  # the output is v = -x_0 there
+    expected = scheduler.alphas_cumprod[t[1]].sqrt() * -output[0]  # the output is v = -x_0 there
+    torch.testing.assert_close(mean[0], expected, rtol=0, atol=3e-3)
+    for abar in scheduler.alphas_cumprod[t[1]] * torch.linspace(0.9, 1.1, 9):  # rounded another way each time
+        scheduler.alphas_cumprod[t[1]] = abar
+        assert ddim_mean_std(scheduler, output, t, x_t)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("to_one, random_steps", [(False, STEPS), (True, STEPS - 1)])

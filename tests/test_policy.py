@@ -265,6 +265,21 @@ def test_every_pair_is_learned_from_once_and_an_image_in_one_share(tiny_model, m
     assert shares != [{0, 1}, {2, 3}, {4, 5}], "the images were not shuffled"
 
 
+def test_a_fraction_of_the_steps_has_the_gradient_of_all_in_expectation(tiny_model, monkeypatch):
+    """Half of 4 steps: two different ones of each image, other ones for other images. The mean over 60 draws comes near."""
+    policy, settings = make_policy(tiny_model, train_steps_fraction=0.5)
+    assert policy.steps_learned == 2
+    samples, policy.steps_learned = sampled(policy, settings), 4
+    _, whole = run_update(policy, settings, samples, lr=1e-3)  # small enough not to change the policy
+    policy.steps_learned, seen, predict = 2, [], policy.predict
+    monkeypatch.setattr(policy, "predict", lambda x_t, t, cond: seen.extend(t.tolist()) or predict(x_t, t, cond))
+    moved = [run_update(policy, settings, samples, lr=1e-3, seed=seed)[1] for seed in range(60)]
+    drawn = torch.tensor(seen).view(60, 6, 2)  # (draws, images, steps)
+    assert (drawn[..., 0] > drawn[..., 1]).all() and len(drawn.unique()) == 4 and len({str(row) for row in drawn[0].tolist()}) > 1
+    error = [(mean - whole).norm() / whole.norm() for mean in (moved[0], torch.stack(moved).mean(0))]
+    assert error[0] > 0.4 and error[1] < error[0] / 5  # of unbiased draws it is a root of 60 smaller
+
+
 def test_deterministic_steps_are_never_trained_on(tmp_path):
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)
     results = []

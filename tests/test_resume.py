@@ -247,7 +247,7 @@ def test_a_strangers_state_cannot_run_code(save, run, tmp_path, capsys):
     assert not hit.exists()
 
 
-@pytest.mark.parametrize("name", ["write_config", "look", "write_metrics", "save_lora", "save"])
+@pytest.mark.parametrize("name", ["write_config", "evaluate", "write_metrics", "save_lora", "save"])
 def test_a_full_disk(name, run, capsys, monkeypatch):
     """A limit on the size of files stands for it: like a full disk it lets the first bytes through. Epoch 2 is done again."""
     resource = pytest.importorskip("resource")
@@ -268,6 +268,20 @@ def test_a_full_disk(name, run, capsys, monkeypatch):
     line = end.value.code
     assert line.startswith(f"ddpo.py: error: cannot write {run}") and "File too large" in line and "\n" not in line
     assert contents(run) == before  # no half file, nor a temporary one that takes up what space there is
+
+
+def test_copies_of_states_are_left_alone(run):
+    """Somebody's own, under other names: neither taken for the newest state nor deleted with the old ones."""
+    copies = [shutil.copy(run / "state_00001.pt", run / name) for name in ("state_00001-good.pt", "state_best.pt")]
+    ddpo.main(["--resume", str(run), "--epochs", "4"])
+    assert epochs_of(run) == [0, 1, 2, 3, 4] and all(Path(copy).is_file() for copy in copies)
+    assert sorted(p.name for p in run.glob("state_0*[0-9].pt")) == ["state_00003.pt", "state_00004.pt"]
+
+
+def test_the_picture_of_epoch_0_may_be_gone(run):
+    (run / "samples/epoch_0000.png").unlink()
+    ddpo.main(["--resume", str(run), "--epochs", "3"])
+    assert epochs_of(run) == [0, 1, 2, 3] and (run / "samples/epoch_0003.png").is_file()
 
 
 # ---------------------------------------------------------------- settings

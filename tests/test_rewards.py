@@ -276,7 +276,19 @@ def test_missing_weights_are_not_made_up(hub, tmp_path):
     layers = tiny_models.laion_layers()
     del layers["layers.4.weight"]
     save_file(layers, tmp_path / "head.safetensors")
-    assert "no layers.4.weight in it" in refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'head.safetensors'})")
+    assert "as LAION's head ('layers.4.weight')" in refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'head.safetensors'})")
+
+
+def test_a_librarys_own_explanation_is_kept():
+    """transformers explains what an HTTP error means; torch.save hides that the disk is full."""
+    for cause, error, reason in [(OSError("404"), OSError("no such model"), "no such model"),
+                                 (OSError("disk full"), RuntimeError("pos 0"), "disk full"),
+                                 (KeyError("x"), RuntimeError("y"), "y")]:  # fmt: skip
+        with pytest.raises(rewards.UserError, match=f"^mistake \\({reason}\\)$"), rewards.explained("mistake"):
+            try:
+                raise cause
+            except Exception:
+                raise error
 
 
 def test_models_that_do_not_fit_are_refused_before_sampling(hub, tmp_path):
