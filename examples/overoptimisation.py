@@ -4,8 +4,8 @@ KL to the pretrained model ends the run in time. Then it goes on without the lim
     python examples/overoptimisation.py --jobs 2           # one seed on each of two CPU cores; run it again to go on
 
 A monitor that is never optimised, examples/emoji-clip, says whether the animal can still be recognised. Every run is made by
-ddpo.py's command line, in runs/overoptimisation; the figure and the table beside this file come from what the runs leave
-there. Needs matplotlib.
+ddpo.py's command line, in runs/overoptimisation; overoptimisation.png and .md come from what the runs leave there. A dotted
+line is the limit, or 90 % of the monitor's start. Needs matplotlib.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def strip(folder, epoch):
     return picture.crop((0, picture.height // 2 if epoch else 0, picture.width, picture.height))
 
 
-def draw(runs, folder):
+def draw(runs, folder, out):
     """The curves of all seeds, and below them what the first one draws before, at the limit and at the end."""
     figure = plt.figure(figsize=(14, 7.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1])
@@ -101,7 +101,7 @@ def draw(runs, folder):
         axes.set(xticks=[], yticks=[])
         axes.set_title(title, loc="left", fontsize=10)
         axes.spines[:].set_visible(False)
-    figure.savefig(HERE / "overoptimisation.png", dpi=100)
+    figure.savefig(out / "overoptimisation.png", dpi=100)
 
 
 def tabulate(runs):
@@ -125,14 +125,15 @@ def main():
     parser.add_argument("--epochs", type=int, default=80, metavar="N", help="of the runs without the limit (default: 80)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at a time, each on one core (default: 1)")
     parser.add_argument("--runs", type=Path, default=HERE.parent / "runs/overoptimisation", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the figure and the table; default: that of the runs")
     args = parser.parse_args()
-    folder = args.runs.resolve()
+    folder, out = args.runs.resolve(), args.out or args.runs
     (folder / "copy").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: train(folder, seed, args.epochs), args.seeds))
     runs = {seed: (read(folder / f"held-{seed}"), read(folder / f"free-{seed}")) for seed in args.seeds}
-    draw(runs, folder)
-    (HERE / "overoptimisation.md").write_text(tabulate(runs))
+    draw(runs, folder, out)
+    (out / "overoptimisation.md").write_text(tabulate(runs))
     print(tabulate(runs) + f"\nThe runs took {sum(free['seconds'][-1] for _, free in runs.values()) / 60:.0f} minutes in all.")
 
 

@@ -25,8 +25,11 @@ def test_generate_draws_the_same_noise_without_and_with_the_lora(tiny_model, tmp
     pytest.importorskip("peft")
     policy, _ = make_policy(tiny_model, lora_scale=0.5)
     ddpo.save_lora(policy.unet, tmp_path / "pytorch_lora_weights.safetensors")
-    prompts, flags = ["cat", "bee", "ant"], ["--model", tiny_model, "--steps", 2, "--guidance", 2, "--seed", 4]
-    made = run_script("generate.py", monkeypatch, tmp_path, *flags, "--prompts", *prompts)
+    config = {"model": str(tiny_model), "steps": 2, "guidance_scale": 2.0, "eta": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prompts = ["cat", "bee", "ant"]
+    made = run_script("generate.py", monkeypatch, tmp_path, "--seed", 4, "--prompts", *prompts)
+    assert made["pipe"].scheduler.num_inference_steps == 2 and made["pipe"].guidance_scale == 2.0
     picture = np.asarray(Image.open(tmp_path / "generated.png"))
     before, after = np.split(picture, 2)
     assert before.shape == (16, 3 * 16, 3) and f"saved {tmp_path / 'generated.png'}" in capsys.readouterr().out

@@ -3,6 +3,7 @@ another run, and that it learns: both objectives move a reward that can be moved
 
 import csv
 import dataclasses
+import gc
 import json
 
 import pytest
@@ -124,6 +125,21 @@ def test_an_interrupted_run_keeps_what_it_has(tiny_model, tmp_path, monkeypatch)
         ddpo.main(flags(tiny_model, reward="impatient", out=tmp_path / "run"))
     assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["0", "1"] and not list(tmp_path.rglob("*.tmp"))
     assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 64
+
+
+def test_memory_does_not_grow_with_the_epochs(tiny_model, tmp_path, monkeypatch):
+    """Once the optimizer has its moments, every epoch ends with as many numbers in tensors as the one before."""
+    held, write_metrics = [], ddpo.write_metrics
+
+    def counted(log, folder):
+        gc.collect()
+        held.append(sum(o.numel() for o in gc.get_objects() if issubclass(type(o), torch.Tensor)))
+        write_metrics(log, folder)
+
+    monkeypatch.setattr(ddpo, "write_metrics", counted)
+    (tmp_path / "prompts.txt").write_text("cat\nbee\n")  # each is encoded when it is first drawn
+    ddpo.main(flags(tiny_model, prompts=tmp_path / "prompts.txt", out=tmp_path / "run", epochs=6, eval_every=2))
+    assert len(held) == 6 and len(set(held[1:])) == 1
 
 
 def test_a_reward_sees_its_own_prompts_and_any_type_will_do(tiny_model, tmp_path, monkeypatch):
