@@ -95,7 +95,7 @@ class Settings:
     # learning
     objective: str = option("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)", choices=("clipped", "reinforce"))
     updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on a minibatch of its own", least=1)
-    micro_batch: int = option(0, "(image, step) pairs in a network call, for speed and memory only; 0: as many as fit", least=0)
+    micro_batch: int = option(0, "(image, step) pairs in a network call; 0: as many as --sample-batch, if they fit", least=0)
     train_steps_fraction: float = option(1.0, "share of its steps that an image is learned from, drawn at random", above=0)
     grad_checkpointing: bool = option(False, "compute activations anew in the backward pass: slower, in less memory")
     compile: bool = option(False, "torch.compile the network: minutes at the start, faster from then on")
@@ -317,7 +317,7 @@ class Policy:
             height, width = (side * pipe.vae_scale_factor for side in self.latent_shape[1:])
             self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device)
         self.rows, self.table = {}, []  # of each encoded prompt the row in the tables of embeddings
-        self.micro_batch = settings.micro_batch or self.fitting_pairs()
+        self.micro_batch = settings.micro_batch or self.fitting_pairs(settings.sample_batch)
         if settings.compile:
             self.unet.compile()
 
@@ -373,11 +373,12 @@ class Policy:
             eps = uncond + self.guidance_scale * (conditional - uncond)
         return eps
 
-    def fitting_pairs(self):
-        """How many (image, step) pairs may go through the network at once: the power of 2, up to 64, that takes up to 80 % of a
-        GPU's free memory, going by what the second of two pairs takes. Elsewhere 16; more would not be faster."""
+    def fitting_pairs(self, most):
+        """How many (image, step) pairs may go through the network at once: `most`, the number of images that are sampled at
+        once, so that half precision rounds both alike and the ratio is 1. Fewer, a power of 2, if they would take more than
+        80 % of a GPU's free memory, going by what the second of two pairs takes."""
         if self.device.type != "cuda":
-            return 16
+            return most
         free, peaks, t = torch.cuda.mem_get_info(self.device)[0], [], self.scheduler.timesteps
         free -= 12 * sum(p.numel() for p in self.weights)  # their gradients and AdamW's moments are still to come
         for pairs in (1, 2):
@@ -385,7 +386,8 @@ class Policy:
             x_t = self.scheduler.alphas_cumprod.new_zeros(pairs, *self.latent_shape)
             torch.autograd.grad(self.predict(x_t, t[:1].expand(pairs), self.encode([""] * pairs)).sum(), self.weights)
             peaks.append(torch.cuda.max_memory_allocated(self.device))
-        return 2 ** int(math.log2(max(1, min(64, 0.8 * free / max(1, peaks[1] - peaks[0])))))
+        fit = 0.8 * free / max(1, peaks[1] - peaks[0])
+        return most if fit >= most else 2 ** int(math.log2(max(1, fit)))
 
     @torch.no_grad()
     def decode(self, x_0):
@@ -819,6 +821,9 @@ def train(run, terms, prompts, eval_prompts, folder):
             run.save(folder)
         bar.write("epoch {epoch:3d}  reward {reward_mean:.3f} +- {reward_std:.3f}  {seconds:.0f} s".format(**row))
         bar.set_postfix({column: row[column] for column in ("reward_mean", "kl") if row[column] is not None})
+        if epoch == 1 and row.get("ratio_error", 0) > policy.clip_range / 10:
+            off = f"note     before any update the ratio is off 1 by {row['ratio_error']:.1g}, too much beside the clip range"
+            bar.write(f"{off}: give --micro-batch the value of --sample-batch, or use --precision fp32")
         if row.get("skipped"):
             bar.write(f"epoch {epoch:3d}  {row['skipped']} of {settings.updates_per_epoch} updates skipped: not finite")
         if all(past.get("skipped") == settings.updates_per_epoch for past in log[-3:]):
@@ -911,7 +916,7 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"ddpo.py: error: {error}")
     except torch.cuda.OutOfMemoryError:
-        micro_batch = settings.micro_batch or "0 (as many as fit)"
+        micro_batch = settings.micro_batch or f"0 (up to {settings.sample_batch})"
         knobs = f"--micro-batch {micro_batch}, --sample-batch {settings.sample_batch}, --precision {settings.precision}"
         more = "" if settings.grad_checkpointing else "; --grad-checkpointing needs less"
         sys.exit(f"ddpo.py: error: out of GPU memory; present values: {knobs}{more}; what was saved can be resumed")

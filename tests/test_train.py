@@ -127,6 +127,20 @@ def test_an_interrupted_run_keeps_what_it_has(tiny_model, tmp_path, monkeypatch)
     assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 64
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_ratio_that_is_off_from_the_start_is_said(wrong, tiny_model, tmp_path, monkeypatch, capsys):
+    """Sampled with guidance and learned without: the note comes once, and only where something is wrong."""
+    predict = ddpo.Policy.predict
+
+    def forgetful(policy, *args):
+        policy.guidance_scale = 1.0 if torch.is_grad_enabled() and wrong else 5.0
+        return predict(policy, *args)
+
+    monkeypatch.setattr(ddpo.Policy, "predict", forgetful)
+    ddpo.main(flags(tiny_model, out=tmp_path / "run"))
+    assert capsys.readouterr().out.count("before any update the ratio is off 1 by") == wrong
+
+
 def test_memory_does_not_grow_with_the_epochs(tiny_model, tmp_path, monkeypatch):
     """Once the optimizer has its moments, every epoch ends with as many numbers in tensors as the one before."""
     held, write_metrics = [], ddpo.write_metrics
