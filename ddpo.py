@@ -665,8 +665,9 @@ class Run:
         fused, decay = policy.device.type == "cuda", settings.weight_decay
         self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, (0.9, 0.999), 1e-8, decay, fused=fused)
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
-        group = settings.samples_per_prompt
-        self.stats = PromptStats(settings.stats_buffer, min(settings.stats_min_count, group if group > 1 else math.inf))
+        group = settings.samples_per_prompt  # it can be compared with itself, so it need not wait for stats_min_count rewards
+        enough = min(settings.stats_min_count, group) if group > 1 else settings.stats_min_count
+        self.stats = PromptStats(settings.stats_buffer, enough)
         self.log, self.first_spread = [], None  # the rows of metrics.csv, one an epoch; the first epoch's `spread`
 
     def too_far(self, row):
@@ -800,13 +801,7 @@ def train(run, terms, prompts, eval_prompts, folder):
         reward, cond = scores[:, 0], policy.encode(drawn)
         adv = run.stats.advantages(drawn, reward).clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
 
-        row = {"epoch": epoch, "queries": epoch * len(drawn)}
-        row |= {"reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
-        row |= {label: mean for (label, _, _), mean in zip(terms, scores.mean(0)[1:].tolist()) if len(terms) > 1}
-        row["kl"] = measure_kl(policy, x, cond, settings, choice) if settings.lora_rank else None
-        distance = spread(x[:, -1], drawn)
-        run.first_spread = run.first_spread or distance
-        row["diversity"] = distance and distance / run.first_spread
+        row = {"epoch": epoch, "queries": epoch * len(drawn), **describe(run, terms, drawn, x, cond, scores, choice)}
         if not run.too_far(row):
             row |= update(run, (x, logp_old, cond, adv), choice, bar.update)
         last = epoch == settings.epochs or run.too_far(row)
@@ -819,18 +814,34 @@ def train(run, terms, prompts, eval_prompts, folder):
             if settings.lora_rank:
                 save_lora(policy.unet, folder / "pytorch_lora_weights.safetensors")
             run.save(folder)
-        bar.write("epoch {epoch:3d}  reward {reward_mean:.3f} +- {reward_std:.3f}  {seconds:.0f} s".format(**row))
-        bar.set_postfix({column: row[column] for column in ("reward_mean", "kl") if row[column] is not None})
-        if epoch == 1 and row.get("ratio_error", 0) > policy.clip_range / 10:
-            off = f"note     before any update the ratio is off 1 by {row['ratio_error']:.1g}, too much beside the clip range"
-            bar.write(f"{off}: give --micro-batch the value of --sample-batch, or use --precision fp32")
-        if row.get("skipped"):
-            bar.write(f"epoch {epoch:3d}  {row['skipped']} of {settings.updates_per_epoch} updates skipped: not finite")
+        report(run, row, bar)
         if all(past.get("skipped") == settings.updates_per_epoch for past in log[-3:]):
             raise UserError(f"no update of 3 epochs was finite; {folder} has the weights before them: try a lower --lr or fp32")
     bar.close()
     if run.too_far(log[-1]):
         print(f"stopped at {log[-1]['kl']:.1f} nats from the pretrained model, past --kl-stop {settings.kl_stop}")
+
+
+def describe(run, terms, prompts, x, cond, scores, generator):
+    """What the samples of an epoch tell, for metrics.csv: their rewards, KL and diversity."""
+    reward, means, distance = scores[:, 0], scores.mean(0)[1:].tolist(), spread(x[:, -1], prompts)
+    run.first_spread = run.first_spread or distance
+    row = {"reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
+    row |= {label: mean for (label, _, _), mean in zip(terms, means) if len(terms) > 1}
+    row["kl"] = measure_kl(run.policy, x, cond, run.settings, generator) if run.settings.lora_rank else None
+    row["diversity"] = distance and distance / run.first_spread
+    return row
+
+
+def report(run, row, bar):
+    """Print an epoch's results, and what is wrong with them."""
+    bar.write("epoch {epoch:3d}  reward {reward_mean:.3f} +- {reward_std:.3f}  {seconds:.0f} s".format(**row))
+    bar.set_postfix({column: row[column] for column in ("reward_mean", "kl") if row[column] is not None})
+    if row["epoch"] == 1 and row.get("ratio_error", 0) > run.policy.clip_range / 10:
+        off = f"note     before any update the ratio is off 1 by {row['ratio_error']:.1g}, too much beside the clip range"
+        bar.write(f"{off}: give --micro-batch the value of --sample-batch, or use --precision fp32")
+    if row.get("skipped"):
+        bar.write(f"epoch {row['epoch']:3d}  {row['skipped']} of {run.settings.updates_per_epoch} updates skipped: not finite")
 
 
 def launch(settings, folder=None, state=None):
@@ -860,17 +871,7 @@ def launch(settings, folder=None, state=None):
                 policy.pipe.to(torch.float32).save_pretrained(folder / "pipeline")
     except KeyboardInterrupt:
         raise UserError(f"stopped; go on with: python ddpo.py --resume {shlex.quote(str(folder))}") from None
-    evaluated = [row for row in run.log if "eval_reward" in row]
-    before, after = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
-    picture = folder / "samples" / f"epoch_{evaluated[-1]['epoch']:04d}.png"
-    print(f"\nReward on the same prompts and noise: {before:.3f} before, {after:.3f} after; see {picture}")
-    if not settings.lora_rank:
-        result = str(folder / "pipeline")
-        print(f"The pipeline is in {result}; in diffusers: DiffusionPipeline.from_pretrained({result!r})")
-    elif policy.conditional:
-        print(f"The LoRA is in {folder}; in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})")
-    else:  # diffusers cannot load a LoRA there
-        print(f"The LoRA is in {folder}; go on from it with --init-lora {folder / 'pytorch_lora_weights.safetensors'}")
+    conclude(run, folder)
     return folder
 
 
@@ -884,6 +885,21 @@ def introduce(settings, policy, prompts, folder):
     print(f"epoch    {s.images_per_epoch} images of {s.steps} steps; {pairs} (image, step) pairs, {s.updates_per_epoch} updates; "
           f"{s.sample_batch} images and {policy.micro_batch} pairs at once")  # fmt: skip
     print(f"run      {s.epochs} epochs = {s.epochs * s.images_per_epoch} reward queries; results go to {folder}", flush=True)
+
+
+def conclude(run, folder):
+    """Say what came of a run, and how to use it."""
+    evaluated = [row for row in run.log if "eval_reward" in row]
+    before, after = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
+    picture = folder / "samples" / f"epoch_{evaluated[-1]['epoch']:04d}.png"
+    print(f"\nReward on the same prompts and noise: {before:.3f} before, {after:.3f} after; see {picture}")
+    if not run.settings.lora_rank:
+        result = str(folder / "pipeline")
+        print(f"The pipeline is in {result}; in diffusers: DiffusionPipeline.from_pretrained({result!r})")
+    elif run.policy.conditional:
+        print(f"The LoRA is in {folder}; in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})")
+    else:  # diffusers cannot load a LoRA there
+        print(f"The LoRA is in {folder}; go on from it with --init-lora {folder / 'pytorch_lora_weights.safetensors'}")
 
 
 def parse(argv=None):
