@@ -104,6 +104,7 @@ class Settings:
     # log-ratio at 1.6384 nats. The same trust in nats is another number for every other size of latent: that is the default.
     clip_range: float = option(0.0, "the ratio is clipped to 1 +- this; 0 means 1.6384 / the latent's dimensions", least=0)
     min_std: float = option(0.0, "only steps that add noise of more than this std are learned from (the paper: all)", least=0)
+    adv_min: float = option(0.0, "images with a smaller abs(advantage) are not learned from: they would hardly pull", least=0)
     adv_clip: float = option(5.0, "advantages are clipped to - this ... + this", above=0)
     lora_rank: int = option(4, "rank of the LoRA matrices; 0 trains the whole UNet instead", least=0)
     init_lora: str = option("", "a LoRA file in diffusers' layout to start from; the rank is read from it")
@@ -587,13 +588,15 @@ def spread(x_0, prompts):
 
 
 def update(run, samples, generator, tick=lambda: None):
-    """One epoch of learning: shuffle the N images into `updates_per_epoch` minibatches, take one optimizer step on each.
+    """One epoch of learning: deal the N images into `updates_per_epoch` minibatches, take one optimizer step on each.
 
     samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,). A minibatch's gradient is the mean over its (image,
     step) pairs, summed up in micro-batches. One that is not finite is skipped. Returns the epoch's metrics."""
     (x, logp_old, cond, adv), settings, policy = samples, run.settings, run.policy
     totals, ratio_errors, grad_norms = torch.zeros(3, device=x.device), [], []
-    for minibatch in torch.randperm(len(x), generator=generator).to(x.device).chunk(settings.updates_per_epoch):
+    images = torch.randperm(len(x), generator=generator).to(x.device)
+    images = images[adv[images].abs() >= adv.abs().max().clamp(max=settings.adv_min)]  # all of them if that is 0; one at least
+    for minibatch in images.chunk(settings.updates_per_epoch):
         # Each image has its own random steps, so the gradient is that of all steps in expectation.
         order = torch.rand(len(minibatch), len(policy.trained_steps), generator=generator).to(x.device)
         steps = policy.trained_steps[order.topk(policy.steps_learned).indices.sort().values]  # (images, steps)
@@ -623,7 +626,7 @@ def update(run, samples, generator, tick=lambda: None):
         run.scaler.update()
         run.optimizer.zero_grad()
         tick()
-    loss, clip_fraction, approx_kl = (totals / (len(x) * policy.steps_learned)).tolist()
+    loss, clip_fraction, approx_kl = (totals / (len(images) * policy.steps_learned)).tolist()
     ratio_error, skipped = torch.stack(ratio_errors).max().item(), sum(not math.isfinite(norm) for norm in grad_norms)
     return {"loss": loss, "ratio_error": ratio_error, "clip_fraction": clip_fraction, "approx_kl": approx_kl,
             "grad_norm": float(np.mean(grad_norms)), "skipped": skipped}  # fmt: skip

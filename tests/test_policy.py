@@ -280,6 +280,23 @@ def test_a_fraction_of_the_steps_has_the_gradient_of_all_in_expectation(tiny_mod
     assert error[0] > 0.4 and error[1] < error[0] / 5  # of unbiased draws it is a root of 60 smaller
 
 
+@pytest.mark.parametrize("adv_min, learned", [(0.0, 6), (0.5, 4), (1.5, 1), (99.0, 1)])
+def test_images_near_the_baseline_can_be_left_out(adv_min, learned, tiny_model, monkeypatch):
+    """ADV is 1, -0.5, 0.3, -2, 0.7 and 0. The reference is a batch without the others; the last one is never left out."""
+    policy, settings = make_policy(tiny_model, adv_min=adv_min)
+    samples = sampled(policy, settings)
+    kept = ADV.abs() >= min(adv_min, 2)
+    calls, predict = [], policy.predict
+    monkeypatch.setattr(policy, "predict", lambda x_t, t, cond: calls.append(len(x_t)) or predict(x_t, t, cond))
+    metrics, moved = run_update(policy, settings, samples)
+    assert sum(calls) == 4 * learned == 4 * kept.sum()
+    policy, settings = make_policy(tiny_model)
+    policy.encode(PROMPTS)
+    expected, moved_expected = run_update(policy, settings, [part[kept] for part in samples])
+    torch.testing.assert_close(moved, moved_expected, rtol=1e-3, atol=1e-7)
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-6)
+
+
 def test_deterministic_steps_are_never_trained_on(tmp_path):
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)
     results = []
