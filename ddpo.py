@@ -506,8 +506,8 @@ def sample(policy, terms, prompts, settings, generator, tick=lambda: None):
     with ThreadPoolExecutor(1) as scorer:  # scores a batch while the next one is sampled; one thread, so always in order
         for i in range(0, len(prompts), settings.sample_batch):
             batch = prompts[i : i + settings.sample_batch]
-            if scores:
-                scores[-1].result()  # one batch may wait, not more: what fails there, or is stopped, ends here
+            if len(scores) > 1:
+                scores[-2].result()  # no more than one batch is scored behind: what fails or is stopped there ends here
             parts.append(rollout(policy, batch, settings.eta, generator))
             scores.append(scorer.submit(score, terms, policy.decode(parts[-1][0][:, -1]), batch))
             tick()

@@ -157,13 +157,13 @@ def test_a_reward_that_breaks_its_contract(name, tiny_model, tmp_path, capsys, m
 
 
 def test_the_scorer_is_not_far_behind(tiny_model, tmp_path, capsys, monkeypatch):
-    """What fails, or is stopped, in the first batch ends before a third one is sampled."""
+    """What fails, or is stopped, in the first batch ends before a fourth one is sampled."""
     sampled, rollout = [], ddpo.rollout
     monkeypatch.setattr(ddpo, "rollout", lambda *args: sampled.append(len(args[1])) or rollout(*args))
     monkeypatch.setitem(rewards.REWARDS, "wrong", lambda images, prompts: torch.ones(2, 3) @ torch.ones(2, 3))
     flags = f"--reward wrong --out {tmp_path / 'run'} --steps 2 --device cpu --sample-batch 2 --eval-images 20"
     line = failure(capsys, "--model", tiny_model, *flags.split())
-    assert sampled in ([2], [2, 2]), "the reward of the first batch is known when the second has been sampled"
+    assert 1 <= len(sampled) <= 3 and set(sampled) == {2}
     assert "reward wrong failed at 'cat': RuntimeError" in line and "test_cli.py, line" in line  # ours, not one of torch's
 
 

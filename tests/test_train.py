@@ -5,10 +5,11 @@ import csv
 import dataclasses
 import gc
 import json
+import threading
 
 import pytest
 import torch
-from conftest import save_tiny_pipeline
+from conftest import make_policy, save_tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -125,6 +126,23 @@ def test_an_interrupted_run_keeps_what_it_has(tiny_model, tmp_path, monkeypatch)
         ddpo.main(flags(tiny_model, reward="impatient", out=tmp_path / "run"))
     assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["0", "1"] and not list(tmp_path.rglob("*.tmp"))
     assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 64
+
+
+def test_a_batch_is_scored_while_the_next_one_is_sampled(tiny_model, monkeypatch):
+    """The first batch's reward waits for the second batch's sampling to begin, which it would do for ever otherwise."""
+    begun, calls, rollout = threading.Event(), [], ddpo.rollout
+
+    def watched(*args):
+        calls.append(len(args[1]))
+        if len(calls) == 2:
+            begun.set()
+        return rollout(*args)
+
+    monkeypatch.setattr(ddpo, "rollout", watched)
+    policy, settings = make_policy(tiny_model, sample_batch=2)
+    terms = [("patient", 1.0, lambda images, prompts: torch.full((len(images),), float(begun.wait(30))))]
+    *_, scores = ddpo.sample(policy, terms, ["cat"] * 6, settings, torch.Generator().manual_seed(0))
+    assert calls == [2, 2, 2] and scores[:, 0].tolist() == [1.0] * 6
 
 
 @pytest.mark.parametrize("wrong", [False, True])
