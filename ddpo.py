@@ -61,9 +61,9 @@ from rewards import UserError, explained
 # ---------------------------------------------------------------- settings
 
 
-def option(default, help, least=None, above=None, choices=None):
+def option(default, help, least=None, above=None, most=None, choices=None):
     """A field of Settings: its default, one line of help, and the values that are allowed."""
-    return field(default=default, metadata={"help": help, "least": least, "above": above, "choices": choices})
+    return field(default=default, metadata={"help": help, "least": least, "above": above, "most": most, "choices": choices})
 
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -88,7 +88,7 @@ class Settings:
     steps: int = option(20, "denoising steps of an image (the paper: 50)", least=1)
     guidance_scale: float = option(5.0, "classifier-free guidance, in sampling and training; none at 1 or below", least=0)
     samples_per_prompt: int = option(1, "prompts are drawn in groups of this size, each with its own baseline", least=1)
-    eta: float = option(1.0, "noise in a DDIM step: 1 is DDPM's; at 0 there would be nothing to learn from", above=0)
+    eta: float = option(1.0, "noise in a DDIM step: 1 is DDPM's; at 0 there would be nothing to learn from", above=0, most=1)
     sample_batch: int = option(8, "images sampled at once: speed and memory (and which noise an image gets)", least=1)
     reward_batch_size: int = option(8, "images that a reward's network sees at once: speed and memory only", least=1)
     reward_device: str = option("", "where the rewards' networks run; empty means on the device that trains")
@@ -96,7 +96,7 @@ class Settings:
     objective: str = option("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)", choices=("clipped", "reinforce"))
     updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on a minibatch of its own", least=1)
     micro_batch: int = option(0, "(image, step) pairs in a network call; 0: as many as --sample-batch, if they fit", least=0)
-    train_steps_fraction: float = option(1.0, "share of its steps that an image is learned from, drawn at random", above=0)
+    train_steps_fraction: float = option(1.0, "share of its steps, drawn at random, that an image teaches", above=0, most=1)
     grad_checkpointing: bool = option(False, "compute activations anew in the backward pass: slower, in less memory")
     compile: bool = option(False, "torch.compile the network: minutes at the start, faster from then on")
     lr: float = option(3e-4, "AdamW's learning rate; with --lora-rank 0 the default is 1e-5", above=0)
@@ -130,18 +130,17 @@ class Settings:
             if type(value) is not f.type or (f.type is float and not math.isfinite(value)):
                 kind = "finite number" if f.type is float else f.type.__name__
                 raise UserError(f"{flag} must be a {kind}, not {value!r}")
-            least, above, choices = (f.metadata[k] for k in ("least", "above", "choices"))
+            least, above, most, choices = (f.metadata[k] for k in ("least", "above", "most", "choices"))
             if least is not None and value < least:
                 raise UserError(f"{flag} must be at least {least}, not {value}")
             if above is not None and value <= above:
                 raise UserError(f"{flag} must be more than {above}, not {value}")
+            if most is not None and value > most:
+                raise UserError(f"{flag} must be at most {most}, not {value}")
             if choices and value not in choices:
                 raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
         if self.objective == "reinforce" and self.updates_per_epoch != 1:
             raise UserError("--objective reinforce needs fresh samples for every update: use --updates-per-epoch 1")
-        for flag, value in (("--eta", self.eta), ("--train-steps-fraction", self.train_steps_fraction)):
-            if value > 1:
-                raise UserError(f"{flag} must be at most 1, not {value}")
         if self.stats_min_count > self.stats_buffer:
             raise UserError(f"--stats-min-count {self.stats_min_count} is never reached: --stats-buffer is {self.stats_buffer}")
         for flag, value in (("--updates-per-epoch", self.updates_per_epoch), ("--samples-per-prompt", self.samples_per_prompt)):
