@@ -96,7 +96,7 @@ class Settings:
     objective: str = option("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)", choices=("clipped", "reinforce"))
     updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on a minibatch of its own", least=1)
     micro_batch: int = option(0, "(image, step) pairs in a network call; 0: as many as --sample-batch, if they fit", least=0)
-    train_steps_fraction: float = option(1.0, "share of its steps, drawn at random, that an image teaches", above=0, most=1)
+    train_steps_fraction: float = option(1.0, "share of each image's steps to learn from, drawn at random", above=0, most=1)
     grad_checkpointing: bool = option(False, "compute activations anew in the backward pass: slower, in less memory")
     compile: bool = option(False, "torch.compile the network: minutes at the start, faster from then on")
     lr: float = option(3e-4, "AdamW's learning rate; with --lora-rank 0 the default is 1e-5", above=0)

@@ -52,6 +52,7 @@ MISTAKES = [
     ("--lr nan", "--lr must be a finite number"),
     ("--lr inf", "--lr must be a finite number"),
     ("--eta 0", "--eta must be more than 0"),
+    ("--eta 1.5", "--eta must be at most 1, not 1.5"),
     ("--train-steps-fraction 1.5", "--train-steps-fraction must be at most 1, not 1.5"),
     ("--epochs 0", "--epochs must be at least 1"),
     ("--epochs -2", "--epochs must be at least 1"),
