@@ -210,33 +210,33 @@ def best_recognisable(rows):
     return (found[0][0], rows[1 + found[1]]["queries"]) if found else (math.nan, math.nan)
 
 
-def cells(seeds, look, epoch):
-    """Of the runs of several seeds, as text: the reward of one look, the clipscore of one epoch, the best reward that leaves the
-    pictures recognisable, and after how many queries."""
-    looks, watched = [rows[look]["eval_reward"] for rows in seeds], [rows for rows in seeds if CLIP in rows[epoch]]
+def cells(seeds, evaluated, epoch):
+    """Of the runs of several seeds, as text: the reward of one evaluation, the clipscore of one epoch, the best reward that
+    leaves the pictures recognisable, and after how many queries."""
+    ends, watched = [rows[evaluated]["eval_reward"] for rows in seeds], [rows for rows in seeds if CLIP in rows[epoch]]
     best, queries = np.array([best_recognisable(rows) for rows in watched]).reshape(-1, 2).T
     texts = []
-    for values, n in [(looks, 3), ([rows[epoch][CLIP] for rows in watched], 3), (best, 3), (queries, 0)]:
+    for values, n in [(ends, 3), ([rows[epoch][CLIP] for rows in watched], 3), (best, 3), (queries, 0)]:
         spread = f" ± {np.std(values, ddof=1):.{n}f}" if len(values) > 1 else ""
         texts.append(f"{np.mean(values):.{n}f}{spread}" if np.isfinite(values).all() and len(values) else "-")
     return texts
 
 
 def report(todo, folder):
-    """compare.md and compare.png, from the runs that have ended. A reward in the table is that of the last look: the same
+    """compare.md and compare.png, from the runs that have ended. A reward in the table is that of the last evaluation: the same
     prompts and noise for every method and, before training, for the pretrained model. The other columns are of `cells`."""
     import matplotlib.pyplot as plt
 
-    runs = {reward: {method: [] for method in METHODS} for reward, *_ in todo}
+    runs = {}
     for reward, method, _, settings in todo:
-        runs[reward][method] += [read(settings)] if finished(settings) else []
-    table = {method: [] for method in ("pretrained", *METHODS)}
+        runs.setdefault(reward, {}).setdefault(method, []).extend([read(settings)] if finished(settings) else [])
+    table = [("reward", "method", "at the end", "clipscore", "best recognisable", "at query"), ("---",) * 6]
     figure, axes = plt.subplots(2, len(runs), figsize=(5 * len(runs), 7), squeeze=False, sharex="col", height_ratios=[2, 1])
     for (upper, lower), (reward, methods) in zip(axes.T, runs.items()):
         untrained = max(methods.values(), key=len)
-        table["pretrained"] += [*cells(untrained, 0, 1)[:2], "-", "-"]
+        table.append((reward, "pretrained", *cells(untrained, 0, 1)[:2], "-", "-"))
         for method, seeds in methods.items():
-            table[method] += cells(seeds, -1, -1)
+            table.append((reward, method, *cells(seeds, -1, -1)))
             for axis, column in [(upper, "reward_mean"), (lower, CLIP)]:
                 values = np.array([[row[column] for row in rows[1:] if column in row] for rows in seeds])  # (seeds, epochs)
                 if values.size:
@@ -256,9 +256,7 @@ def report(todo, folder):
     figure.tight_layout()
     figure.savefig(folder / "compare.png", dpi=130)
     plt.close(figure)
-    lines = ["| reward | method | at the end | clipscore | best recognisable | at query |", "|---" * 6 + "|"]
-    for n, reward in enumerate(runs):
-        lines += [f"| {reward} | {method} | {' | '.join(row[4 * n : 4 * n + 4])} |" for method, row in table.items()]
+    lines = [f"| {' | '.join(row)} |" for row in table]
     (folder / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines) + f"\nsaved {folder / 'compare.png'} and compare.md beside it")
 
