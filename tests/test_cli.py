@@ -204,7 +204,7 @@ def test_every_setting_is_a_flag_and_help_tells_its_default(capsys, monkeypatch)
 
 
 def test_every_flag_arrives():
-    given = {"objective": "clipped", "precision": "bf16", "seed": 3, "eta": 0.5, "init_lora": ""}
+    given = {"objective": "clipped", "precision": "bf16", "seed": 3, "eta": 0.5, "init_lora": "", "train_steps_fraction": 0.5}
     for f in dataclasses.fields(ddpo.Settings):
         given.setdefault(f.name, {str: f"some-{f.name}", bool: True}.get(f.type) or f.default * 2 or 1)
     argv = ["--" + name.replace("_", "-") + (f"={value}" if value is not True else "") for name, value in given.items()]

@@ -71,11 +71,11 @@ def test_reinforce_is_biased_on_stale_samples():
 class OneNumberPolicy:
     """Denoises a single pixel, and always believes that the clean one is theta."""
 
-    def __init__(self):
+    def __init__(self, steps_learned):
         last_step_is_random = {"set_alpha_to_one": False, "steps_offset": 1}
         self.scheduler = DDIMScheduler(6, 0.2, 0.5, clip_sample=False, prediction_type="sample", **last_step_is_random)
         self.scheduler.set_timesteps(3)
-        self.trained_steps = torch.arange(3)
+        self.trained_steps, self.steps_learned = torch.arange(3), steps_learned
         self.device, self.latent_shape, self.clip_range, self.micro_batch = torch.device("cpu"), (1, 1, 1), 0.1, 9999
         self.weights = [torch.tensor([THETA], requires_grad=True)]
 
@@ -93,14 +93,15 @@ class OneNumberPolicy:
         return x.item()
 
 
-@pytest.mark.parametrize("objective", ["clipped", "reinforce"])
-def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective):
+@pytest.mark.parametrize("objective, steps_learned", [("clipped", 3), ("reinforce", 3), ("clipped", 2)])
+def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective, steps_learned):
     """The whole chain, sampled by `rollout` and learned from by `update`, against the closed form: the mean of x_0 is linear
-    in theta and its variance does not depend on it. `update` averages over the steps, so it gives a T-th of the gradient."""
-    settings = SimpleNamespace(eta=1.0, updates_per_epoch=1, objective=objective, kl_coef=0.0, grad_clip=1e9)
+    in theta and its variance does not depend on it. `update` averages over the steps, so it gives a T-th of the
+    gradient, also if it learns from some of them only."""
+    settings = SimpleNamespace(eta=1.0, updates_per_epoch=1, objective=objective, kl_coef=0.0, grad_clip=1e9, adv_min=0.0)
     generator, grads = torch.Generator().manual_seed(0), []
     for _ in range(50):
-        policy = OneNumberPolicy()
+        policy = OneNumberPolicy(steps_learned)
         x, logp = ddpo.rollout(policy, [""] * 4000, settings.eta, generator)
         reward = -((x[:, -1].flatten() - GOAL) ** 2)
         sgd, scaler = torch.optim.SGD(policy.weights, lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
