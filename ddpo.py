@@ -317,9 +317,10 @@ class Policy:
             height, width = (side * pipe.vae_scale_factor for side in self.latent_shape[1:])
             self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device)
         self.rows, self.table = {}, []  # of each encoded prompt the row in the tables of embeddings
+        self.compiled = settings.compile
         self.micro_batch = settings.micro_batch or self.fitting_pairs(settings.sample_batch)
-        if settings.compile:
-            self.unet.compile()
+        if self.compiled:
+            self.unet.compile(dynamic=False)  # a graph for each shape: one for all would not round like the first one
 
     def prepare(self, settings):
         """Precision, memory layout and attention, as the device likes them."""
@@ -366,8 +367,14 @@ class Policy:
             context["encoder_hidden_states"] = self.table[0][cond]
         if self.xl:
             context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": self.time_ids.expand(len(cond), -1)}
-        with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
+        learning = torch.is_grad_enabled()
+        # A network compiled for gradients rounds in other places than one that is not, so when compiled it samples as it learns.
+        with (
+            torch.set_grad_enabled(learning or self.compiled),
+            torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype),
+        ):
             eps = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
+        eps = eps if learning else eps.detach()
         if guided:
             uncond, conditional = eps.chunk(2)
             eps = uncond + self.guidance_scale * (conditional - uncond)
