@@ -288,8 +288,8 @@ def test_the_picture_of_epoch_0_may_be_gone(run):
 
 
 def test_what_may_change_is_taken_and_said(run, capsys, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))  # test_policy.py does it for real
+    compiled = []  # test_policy.py does it for real
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
     before, weights = json.loads((run / "config.json").read_text()), load(run / "state_00002.pt")["weights"]
     ddpo.main(["--resume", str(run), *as_flags(MAY_CHANGE)])
     assert len(compiled) == 1
