@@ -1,52 +1,50 @@
-"""DDPO: Denoising Diffusion Policy Optimization (Black et al., "Training Diffusion Models with Reinforcement Learning",
-ICLR 2024, arXiv 2305.13301), for Stable Diffusion, its XL, and DDPMs of pixels, in one file.
+"""DDPO: Denoising Diffusion Policy Optimization, for Stable Diffusion (1.x, 2.x, XL) and DDPMs.
+Black et al., "Training Diffusion Models with Reinforcement Learning", ICLR 2024, arXiv 2305.13301
 
-    python ddpo.py --reward compressibility            # a small bundled model, on any machine, in minutes
-    python ddpo.py --reward aesthetic --model stable-diffusion-v1-5/stable-diffusion-v1-5      # needs a GPU
+    python ddpo.py --reward compressibility     # a small bundled model, any machine, in minutes
+    python ddpo.py --reward aesthetic --model stable-diffusion-v1-5/stable-diffusion-v1-5   # GPU
 
-Denoising is a Markov decision process: the state is (c, t, x_t), the action is x_{t-1}, the policy is the Gaussian that
-one denoising step draws it from, and a reward r(x_0, c) comes only at the end. So the policy gradient applies:
+Denoising is a Markov decision process: the state is (c, t, x_t), the action is x_{t-1}, the policy
+is the Gaussian that one denoising step draws it from, and a reward r(x_0, c) comes at the end.
+So the policy gradient applies:
 
     for every epoch:
-        draw prompts c and sample images x_T, ..., x_0, keeping every latent and its log-probability     (rollout)
-        reward = r(x_0, c)                                                                               (score)
-        adv = (reward - mean) / std, with the mean and std of the same prompt's recent rewards           (PromptStats)
-        for every (image, step) pair: ratio = p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c)  (ddim_step)
-            loss = max(-adv * ratio, -adv * clip(ratio, 1 - clip_range, 1 + clip_range))                 (clipped_loss)
-        average the gradient over the pairs, step the optimizer                                          (update)
+        draw prompts c; sample x_T ... x_0; keep every latent and its log-probability     (rollout)
+        reward = r(x_0, c)                                                                  (score)
+        adv = (reward - mean) / std, of the same prompt's recent rewards              (PromptStats)
+        for every (image, step) pair:
+            ratio = p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c)           (ddim_step)
+            loss = max(-adv * ratio, -adv * clip(ratio, 1 - range, 1 + range))       (clipped_loss)
+        average the gradient over the pairs, step the optimizer                            (update)
 
-Names: x_t, x_prev (x_{t-1}); cond (c, as a row of the table of encoded prompts); eps (predicted noise, after guidance);
-mean, std, logp (of the policy); logp_old (of the policy that sampled); B images, T denoising steps, latents of C x H x W.
-Left out of the textbook algorithm: a value network (the statistics of each prompt take its place), discounting (the paper
-has none). A KL penalty to the pretrained model is there, but off: the clip range bounds each update, not their sum.
+Rooms 1 to 5 are the method, in the paper's order; rooms 6 to 8 are what it stands on.
+Names: x_t and x_prev (x_{t-1}); cond (c, as a row in the table of encoded prompts); eps (predicted
+noise, after guidance); mean, std, logp (of the policy), logp_old (of the policy that sampled).
+Shapes: B or N images, T denoising steps, P (image, step) pairs, K rewards, latents of C x H x W.
+Left out of the textbook algorithm: a value network, whose part each prompt's statistics play, and
+discounting, which the paper has not. A KL penalty to the pretrained model is there, but off.
 """
 
 import argparse
 import csv
-import itertools
+import inspect
 import json
 import math
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from zipfile import ZipFile
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on packages that nothing here needs
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageOps
@@ -58,151 +56,498 @@ from tqdm import tqdm
 import rewards
 from rewards import UserError, explained
 
-# ---------------------------------------------------------------- settings
-
-
-def option(default, help, least=None, above=None, most=None, choices=None):
-    """A field of Settings: its default, one line of help, and the values that are allowed."""
-    return field(default=default, metadata={"help": help, "least": least, "above": above, "most": most, "choices": choices})
-
-
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run. The defaults are for Stable Diffusion on one GPU of 24 GB: the values of the authors' LoRA runs,
-    with fewer images and steps in an epoch so that an epoch takes minutes. `make_settings` says what overrides them."""
+    """Each is a flag, and its comment the help. The defaults are for Stable Diffusion on a GPU of
+    24 GB; a model folder may bring its own in a ddpo.json, as the bundled one does."""
 
-    reward: str = option("compressibility", "what to maximise: a name from rewards.py, FILE.py:FUNCTION, or a mix: 'A + 0.1*B'")
-    model: str = option("emoji-diffusion", "hub id or folder of a pipeline: Stable Diffusion 1.x, 2.x, XL, or DDPM of pixels")
-    prompts: str = option("animals", "animals, activities or imagenet (the paper's sets), or a text file with one prompt a line")
-    out: str = option("", "run folder; empty means runs/REWARD, or runs/REWARD-2 and so on if that exists")
-    seed: int = option(0, "seed of every random number", least=0)
-    device: str = option("auto", "cuda, mps or cpu; auto takes the first of these that is there")
-    precision: str = option("auto", "fp32, bf16 or fp16; auto: fp16 on cuda, bf16 on the cpu, else fp32", choices=DTYPES)
+    reward: str = "compressibility"  # a name, FILE.py:FUNCTION, or a mix: 'A + 0.1*B'
+    model: str = "emoji-diffusion"  # hub id or folder: Stable Diffusion 1, 2, XL; DDPM
+    prompts: str = "animals"  # animals, activities, imagenet, or a file: one a line
+    out: str = ""  # run folder; empty: runs/REWARD, or runs/REWARD-2, ...
+    seed: int = 0  # of every random number
+    device: str = "auto"  # cuda, mps or cpu; auto: the first that is there
+    precision: str = "auto"  # fp32, bf16, fp16; auto: fp16 on cuda, bf16 on the cpu
     # sampling
-    epochs: int = option(50, "rounds of sampling and training", least=1)
-    images_per_epoch: int = option(64, "images sampled in an epoch (the paper: 256)", least=2)
-    steps: int = option(20, "denoising steps of an image (the paper: 50)", least=1)
-    guidance_scale: float = option(5.0, "classifier-free guidance, in sampling and training; none at 1 or below", least=0)
-    samples_per_prompt: int = option(1, "prompts are drawn in groups of this size, each with its own baseline", least=1)
-    eta: float = option(1.0, "noise in a DDIM step: 1 is DDPM's; at 0 there would be nothing to learn from", above=0, most=1)
-    sample_batch: int = option(8, "images sampled at once: speed and memory (and which noise an image gets)", least=1)
-    reward_batch_size: int = option(8, "images that a reward's network sees at once: speed and memory only", least=1)
-    reward_device: str = option("", "where the rewards' networks run; empty means on the device that trains")
+    epochs: int = 50  # rounds of sampling and training
+    images_per_epoch: int = 64  # images sampled in an epoch (the paper: 256)
+    steps: int = 20  # denoising steps of an image (the paper: 50)
+    guidance_scale: float = 5.0  # classifier-free guidance; none at 1 or below
+    samples_per_prompt: int = 1  # images of a prompt drawn, compared with each other
+    eta: float = 1.0  # noise of a step: 1 is DDPM's; 0 leaves nothing to learn
+    sample_batch: int = 8  # images sampled and scored at once
+    reward_device: str = ""  # where the rewards' networks run; empty: --device
     # learning
-    objective: str = option("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)", choices=("clipped", "reinforce"))
-    updates_per_epoch: int = option(4, "optimizer steps in an epoch, each on a minibatch of its own", least=1)
-    micro_batch: int = option(0, "(image, step) pairs in a network call; 0: as many as --sample-batch, if they fit", least=0)
-    train_steps_fraction: float = option(1.0, "share of each image's steps to learn from, drawn at random", above=0, most=1)
-    grad_checkpointing: bool = option(False, "compute activations anew in the backward pass: slower, in less memory")
-    compile: bool = option(False, "torch.compile the network: minutes at the start, faster from then on")
-    lr: float = option(3e-4, "AdamW's learning rate; with --lora-rank 0 the default is 1e-5", above=0)
-    # The log-probability is a mean over the latent's dimensions, so the paper's 1e-4 on 4 x 64 x 64 of them clips the joint
-    # log-ratio at 1.6384 nats. The same trust in nats is another number for every other size of latent: that is the default.
-    clip_range: float = option(0.0, "the ratio is clipped to 1 +- this; 0 means 1.6384 / the latent's dimensions", least=0)
-    min_std: float = option(0.0, "only steps that add noise of more than this std are learned from (the paper: all)", least=0)
-    adv_min: float = option(0.0, "images with a smaller abs(advantage) are not learned from: they would hardly pull", least=0)
-    adv_clip: float = option(5.0, "advantages are clipped to - this ... + this", above=0)
-    lora_rank: int = option(4, "rank of the LoRA matrices; 0 trains the whole UNet instead", least=0)
-    init_lora: str = option("", "a LoRA file in diffusers' layout to start from; the rank is read from it")
-    weight_decay: float = option(1e-4, "AdamW's weight decay", least=0)
-    grad_clip: float = option(1.0, "the gradient's norm is clipped to this", above=0)
-    stats_buffer: int = option(32, "rewards remembered of each prompt", least=1)
-    stats_min_count: int = option(16, "with fewer rewards than this (or a group) a prompt is compared with the batch", least=1)
+    objective: str = "clipped"  # clipped (DDPO-IS) or reinforce (DDPO-SF)
+    updates_per_epoch: int = 4  # optimizer steps, each on a minibatch of its own
+    micro_batch: int = 0  # (image, step) pairs in a call; 0: --sample-batch
+    train_steps_fraction: float = 1.0  # share of an image's steps to learn from
+    grad_checkpointing: bool = False  # slower, in less memory
+    lr: float = 3e-4  # AdamW's; with --lora-rank 0 the default is 1e-5
+    clip_range: float = 0.0  # ratios are clipped to 1 +- this; 0: 1.64 nats
+    min_std: float = 0.0  # steps of less noise are not learned (the paper: all)
+    adv_clip: float = 5.0  # advantages are clipped to +- this
+    lora_rank: int = 4  # rank of the LoRA; 0 trains the whole UNet
+    init_lora: str = ""  # LoRA file in diffusers' layout to start from
+    weight_decay: float = 1e-4  # AdamW's
+    grad_clip: float = 1.0  # the gradient's norm is clipped to this
+    stats_buffer: int = 32  # rewards remembered of each prompt
+    stats_min_count: int = 16  # with fewer, a prompt is compared with the batch
     # against over-optimisation
-    kl_coef: float = option(0.0, "what a nat of KL to the pretrained model costs, in standard deviations of the reward", least=0)
-    kl_stop: float = option(0.0, "the run ends once this many nats lie between it and the pretrained model; 0: never", least=0)
-    monitor: str = option("", "rewards to log but not to optimise, NAME[,NAME]: they show when the reward is gamed")
+    kl_coef: float = 0.0  # what a nat from the pretrained model costs in advantage
+    kl_stop: float = 0.0  # nats from the pretrained model that end the run
+    monitor: str = ""  # rewards to log but not to optimise: NAME[,NAME]
     # evaluating and saving
-    eval_every: int = option(5, "epochs between two evaluations, on the same prompts and noise each time", least=1)
-    eval_prompts: str = option("", "a set or file as for --prompts, to evaluate on others than those trained on; empty: the same")
-    eval_images: int = option(12, "images of an evaluation", least=1)
-    save_every: int = option(1, "epochs between two saved states, from which --resume goes on", least=1)
+    eval_every: int = 5  # epochs between two evaluations, from the same noise
+    eval_prompts: str = ""  # as --prompts, for evaluations; empty: the same
+    eval_images: int = 12  # images of an evaluation
+    save_every: int = 1  # epochs between two saved states, for --resume
 
     def __post_init__(self):
+        least = {"images_per_epoch": 2, "stats_buffer": 2, "lora_rank": 0}
         for f in fields(self):
-            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if f.type is float and type(value) is int:
-                object.__setattr__(self, f.name, value := float(value))
-            if type(value) is not f.type or (f.type is float and not math.isfinite(value)):
-                kind = "finite number" if f.type is float else f.type.__name__
-                raise UserError(f"{flag} must be a {kind}, not {value!r}")
-            least, above, most, choices = (f.metadata[k] for k in ("least", "above", "most", "choices"))
-            if least is not None and value < least:
-                raise UserError(f"{flag} must be at least {least}, not {value}")
-            if above is not None and value <= above:
-                raise UserError(f"{flag} must be more than {above}, not {value}")
-            if most is not None and value > most:
-                raise UserError(f"{flag} must be at most {most}, not {value}")
-            if choices and value not in choices:
-                raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
-        if self.objective == "reinforce" and self.updates_per_epoch != 1:
-            raise UserError("--objective reinforce needs fresh samples for every update: use --updates-per-epoch 1")
-        if self.stats_min_count > self.stats_buffer:
-            raise UserError(f"--stats-min-count {self.stats_min_count} is never reached: --stats-buffer is {self.stats_buffer}")
-        for flag, value in (("--updates-per-epoch", self.updates_per_epoch), ("--samples-per-prompt", self.samples_per_prompt)):
-            if self.images_per_epoch % value:
-                raise UserError(f"--images-per-epoch must be a multiple of {flag}, {value}")
+            value = getattr(self, f.name)
+            bound = least.get(f.name, int(f.type is int and f.default > 0))
+            if not isinstance(value, (int, float) if f.type is float else f.type):
+                raise UserError(f"{f.name} must be a {f.type.__name__}, not {value!r}")
+            if f.type is not str and not bound <= value < math.inf:  # NaN fails this, too
+                raise UserError(f"{f.name} must be at least {bound} and finite, not {value}")
+        if self.precision not in DTYPES or self.objective not in ("clipped", "reinforce"):
+            raise UserError(f"precision: {', '.join(DTYPES)}; objective: clipped or reinforce")
+        if self.eta > 1 or self.train_steps_fraction > 1:
+            raise UserError("eta and train_steps_fraction must be at most 1")
+        for n in (self.updates_per_epoch, self.samples_per_prompt):
+            if self.images_per_epoch % n:
+                raise UserError(f"images_per_epoch must be a multiple of {n}: updates, or groups")
+        if self.objective == "reinforce" and self.updates_per_epoch > 1:
+            raise UserError("objective reinforce needs fresh samples: --updates-per-epoch 1")
         if not self.lora_rank and (self.kl_coef or self.kl_stop or self.init_lora):
-            raise UserError("--kl-coef, --kl-stop and --init-lora need a LoRA; with --lora-rank 0 there is none")
+            raise UserError("kl_coef, kl_stop and init_lora need a LoRA: not --lora-rank 0")
 
 
-def make_settings(flags, config=None):
-    """The defaults, overridden by the file `config` or else by the model folder's `ddpo.json`, and these by `flags`."""
-    file = Path(config) if config else model_path(flags.get("model", Settings.model)) / "ddpo.json"
-    with explained(f"{file} must be a json object of settings"):
-        values = dict(json.loads(file.read_text())) if config or file.is_file() else {}
-    values.pop("made_with", None)
-    if unknown := values.keys() - {f.name for f in fields(Settings)}:
-        raise UserError(f"{file}: there is no setting named {', '.join(sorted(unknown))}")
-    values.update(flags)
-    if values.get("objective") == "reinforce":
-        values["updates_per_epoch"] = flags.get("updates_per_epoch", 1)
-    if values.get("lora_rank") == 0 and ("lora_rank" in flags or "lr" not in values):
-        values["lr"] = flags.get("lr", 1e-5)  # the paper's, for the whole UNet
-    if flags.get("init_lora"):
-        rank = read_lora(flags["init_lora"])[1]
-        if flags.get("lora_rank", rank) not in (0, rank):
-            raise UserError(f"--lora-rank {flags['lora_rank']}: the LoRA of --init-lora has rank {rank}")
-        values["lora_rank"] = flags.get("lora_rank", rank)
-    return Settings(**values)
+# ---------------------------------------------------- 1. one DDIM step and its log-probability
+
+
+def ddim_mean_std(scheduler, output, t, x_t, eta=1.0):
+    """Mean (B, C, H, W) and std (B, 1, 1, 1) of p(x_{t-1} | x_t, c), float32, from the network's
+    output. Song et al. 2021 (DDIM), equations 12 and 16. The timesteps t (B,) may differ."""
+    config = scheduler.config
+    abar = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)])
+    abar_t = abar[t].view(-1, 1, 1, 1)
+    t_prev = t - config.num_train_timesteps // scheduler.num_inference_steps
+    abar_prev = abar[t_prev.clamp(min=-1)].view(-1, 1, 1, 1)  # of the last step: the final one
+
+    signal = abar_t.sqrt()  # x_t = signal * x_0 + sigma * eps
+    sigma = (1 - abar_t).sqrt()
+    if config.prediction_type == "epsilon":
+        eps = output
+        x_0 = (x_t - sigma * eps) / signal
+    elif config.prediction_type == "v_prediction":
+        eps = signal * output + sigma * x_t
+        x_0 = signal * x_t - sigma * output
+    else:  # "sample"
+        x_0 = output
+        eps = (x_t - signal * x_0) / sigma
+    if config.thresholding:
+        x_0 = scheduler._threshold_sample(x_0)
+    elif config.clip_sample:
+        x_0 = x_0.clamp(-config.clip_sample_range, config.clip_sample_range)
+
+    std = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
+    direction = (1 - abar_prev - std**2).clamp(min=0).sqrt()  # rounding may make it negative
+    mean = abar_prev.sqrt() * x_0 + direction * eps
+    return mean, std
+
+
+def ddim_step(scheduler, output, t, x_t, eta=1.0, x_prev=None, generator=None):
+    """Draw x_{t-1} ~ N(mean, std^2), or take `x_prev` as drawn. Returns it, in x_t's dtype, and
+    logp (B,), the *mean* over the C * H * W dimensions of log N(x_prev; mean, std^2), as in the
+    paper's code. Where std is 0 the step is deterministic: logp is 0 and has no gradient."""
+    mean, std = ddim_mean_std(scheduler, output, t, x_t, eta)
+    if x_prev is None:
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        x_prev = (mean + std * noise).detach().to(x_t.dtype)
+    random = std > 0
+    std = torch.where(random, std, 1)
+    z = (x_prev.float() - mean) / std  # of x_prev as it is stored, be it rounded to half precision
+    logp = -(z**2) / 2 - std.log() - math.log(2 * math.pi) / 2
+    return x_prev, torch.where(random, logp, 0).mean((1, 2, 3))
+
+
+# ---------------------------------------------------- 2. sample and score
+
+
+@torch.no_grad()
+def rollout(policy, prompts, generator):
+    """An image for each of B prompts: the latents x (B, T+1, C, H, W), noise first; logp (B, T)."""
+    cond = policy.encode(prompts)
+    shape = (len(prompts), *policy.latent_shape)
+    x = [torch.randn(shape, generator=generator, device=policy.device)]
+    logps = []
+    for t in policy.scheduler.timesteps:
+        t = t.expand(len(prompts))
+        eps = policy.predict(x[-1], t, cond)
+        x_prev, logp = ddim_step(policy.scheduler, eps, t, x[-1], policy.eta, generator=generator)
+        x.append(x_prev)
+        logps.append(logp)
+    return torch.stack(x, 1), torch.stack(logps, 1)
+
+
+@torch.no_grad()
+def score(terms, images, prompts):
+    """r(x_0, c), the weighted sum of the K rewards in `terms`, then each of them: (B, 1 + K)."""
+    total = torch.zeros(len(prompts))
+    columns = []
+    for label, weight, reward_fn in terms:
+        try:
+            reward = torch.as_tensor(reward_fn(images, prompts)).detach().float().cpu()
+        except (Exception, SystemExit) as error:  # `main` shows its traceback
+            raise UserError(f"reward {label} failed at the prompt {prompts[0]!r}") from error
+        if reward.shape != total.shape:
+            shapes = f"{tuple(reward.shape)}; it must be {tuple(total.shape)}"
+            raise UserError(f"reward {label} returned shape {shapes}, a number for each image")
+        total += weight * reward
+        columns.append(reward)
+        for prompt, value in zip(prompts, total.tolist()):
+            if not math.isfinite(value):
+                raise UserError(f"{weight} * reward {label} is not finite for {prompt!r}")
+    return torch.stack([total, *columns], 1)
+
+
+def sample(policy, terms, prompts, batch_size, generator):
+    """Roll out and score N prompts: x (N, T+1, C, H, W), logp (N, T), scores (N, 1 + K)."""
+    parts = []
+    for i in tqdm(range(0, len(prompts), batch_size), "sample", leave=False, disable=None):
+        batch = prompts[i : i + batch_size]
+        x, logp = rollout(policy, batch, generator)
+        images = policy.decode(x[:, -1])
+        if not (x.isfinite().all() and images.isfinite().all()):
+            raise UserError("samples are not finite: damaged weights, or try --precision fp32")
+        parts.append((x, logp, score(terms, images, batch)))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+# ---------------------------------------------------- 3. advantages
+
+
+class PromptStats:
+    """The recent rewards of each prompt. They play the part of a value function: an advantage
+    compares a reward with what the same prompt usually gets. A prompt with fewer than `min_count`
+    rewards is compared with the whole batch."""
+
+    def __init__(self, buffer_size=32, min_count=16):
+        self.buffer_size = buffer_size
+        self.min_count = min_count
+        self.buffers = {}
+
+    def advantages(self, prompts, rewards):
+        """Remember the rewards (B,) of the B prompts; (rewards - mean) / std, (B,) float32."""
+        rewards = np.asarray(rewards, dtype=np.float64)  # integers would truncate the advantages
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            self.buffers.setdefault(prompt, []).append(reward)
+        adv = []
+        for prompt, reward in zip(prompts, rewards):
+            keep = max(self.buffer_size, prompts.count(prompt))  # forget nothing of this batch
+            past = self.buffers[prompt] = self.buffers[prompt][-keep:]
+            if len(past) < self.min_count:
+                past = rewards
+            adv.append((reward - np.mean(past)) / (np.std(past) + 1e-6))
+        return torch.tensor(adv, dtype=torch.float32)
+
+
+# ---------------------------------------------------- 4. objectives, KL, diversity
+
+
+def clipped_loss(logp, logp_old, adv, clip_range):
+    """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (P,). So samples
+    serve several updates: beyond the clip range a pair that is favoured already stops pulling."""
+    ratio = torch.exp(logp - logp_old)
+    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def reinforce_loss(logp, adv):
+    """DDPO-SF (section 4.3): the score function estimator, for each pair, (P,). Right only for
+    samples of the present policy."""
+    return -adv * logp
+
+
+def kl_to_pretrained(policy, eps, x_t, t, cond):
+    """KL(p_theta || p_pretrained) of denoising steps in nats, (P,). Both Gaussians have the same
+    std, so it is ||mean - mean_pretrained||^2 / (2 std^2). Over a trajectory it adds up to a bound
+    of the KL between the two models' images."""
+    with torch.no_grad(), without_lora():
+        eps_pretrained = policy.predict(x_t, t, cond)
+    mean, std = ddim_mean_std(policy.scheduler, eps, t, x_t, policy.eta)
+    mean_pretrained, _ = ddim_mean_std(policy.scheduler, eps_pretrained, t, x_t, policy.eta)
+    return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
+
+
+@torch.no_grad()
+def measure_kl(policy, x, cond, generator):
+    """Nats per trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained
+    model: an unbiased estimate from a sixteenth of the images, over the steps learned from."""
+    images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
+    total = 0.0
+    for pairs in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch):
+        i, j = pairs.unbind(1)
+        t = policy.scheduler.timesteps[j]
+        eps = policy.predict(x[i, j], t, cond[i])
+        total += kl_to_pretrained(policy, eps, x[i, j], t, cond[i]).sum()
+    return float(total) / len(images)
+
+
+def spread(x_0, prompts):
+    """Mean distance of the final latents (N, C, H, W) of the same prompt; None if none has two."""
+    x_0 = x_0.flatten(1).cpu()  # not every device has pdist
+    groups = [[p == prompt for p in prompts] for prompt in dict.fromkeys(prompts)]
+    distances = torch.cat([torch.pdist(x_0[group]) for group in groups])
+    return distances.mean().item() if len(distances) else None
+
+
+# ---------------------------------------------------- 5. update and train
+
+
+def choose_pairs(policy, images, generator):
+    """The (image, step) pairs to learn from, (P, 2): random steps of each image, others for each,
+    so that the gradient is in expectation that of all steps."""
+    order = torch.rand(len(images), len(policy.trained_steps), generator=generator).argsort()
+    order = order[:, : policy.steps_learned].sort().values
+    steps = policy.trained_steps[order.to(images.device)]  # (images, steps learned)
+    return torch.stack([images[:, None].expand_as(steps), steps], -1).flatten(0, 1)
+
+
+def pair_loss(policy, settings, samples, pairs):
+    """The objective of each (image, step) pair, (P,), and its log(ratio), (P,) without gradient."""
+    x, logp_old, cond, adv = samples
+    i, j = pairs.unbind(1)
+    x_t = x[i, j]
+    t = policy.scheduler.timesteps[j]
+    eps = policy.predict(x_t, t, cond[i])
+    _, logp = ddim_step(policy.scheduler, eps, t, x_t, policy.eta, x_prev=x[i, j + 1])
+    if settings.objective == "clipped":
+        loss = clipped_loss(logp, logp_old[i, j], adv[i], policy.clip_range)
+    else:
+        loss = reinforce_loss(logp, adv[i])
+    if settings.kl_coef:  # logp is a mean over the dimensions, so the KL is one too
+        kl = kl_to_pretrained(policy, eps, x_t, t, cond[i])
+        loss = loss + settings.kl_coef * kl / x_t[0].numel()
+    return loss, logp.detach() - logp_old[i, j]
+
+
+def update(run, samples, generator):
+    """Deal the N images into minibatches and take an optimizer step on each; an epoch's metrics.
+
+    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,). A gradient is the mean over
+    a minibatch's (image, step) pairs, added up in micro-batches."""
+    policy = run.policy
+    images = torch.randperm(len(samples[0]), generator=generator).to(policy.device)
+    totals = torch.zeros(3, device=policy.device)
+    off_at_first = []
+    norms = []
+    parts = images.chunk(run.settings.updates_per_epoch)
+    for minibatch in tqdm(parts, "update", leave=False, disable=None):
+        pairs = choose_pairs(policy, minibatch, generator)
+        for micro in pairs.split(policy.micro_batch):
+            loss, log_ratio = pair_loss(policy, run.settings, samples, micro)
+            run.scaler.scale(loss.sum() / len(pairs)).backward()
+            off = (log_ratio.exp() - 1).abs()
+            clipped = (off > policy.clip_range).sum()
+            totals += torch.stack([loss.detach().sum(), clipped, (log_ratio**2).sum() / 2])
+            if not norms:  # before the first step the two policies are one
+                off_at_first.append(off.max())
+        norms.append(run.step())
+    loss, clip_fraction, approx_kl = (totals / (len(images) * policy.steps_learned)).tolist()
+    ratio_error = torch.stack(off_at_first).max().item()
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    return {"loss": loss, "ratio_error": ratio_error, "clip_fraction": clip_fraction,
+            "approx_kl": approx_kl, "grad_norm": float(np.mean(norms)), "skipped": skipped}
+
+
+def train(run, terms, prompts, eval_prompts, folder, update=update):
+    """Draw prompts, sample and score, compare, update, evaluate, save; epoch after epoch."""
+    settings = run.settings
+    policy = run.policy
+    log = run.log  # the rows of metrics.csv; row 0 is the evaluation before training
+    if not log:
+        reward = run.evaluate(terms, eval_prompts, folder, 0)
+        log.append({"epoch": 0, "queries": 0, "seconds": 0.0, "eval_reward": reward})
+    for epoch in range(len(log), settings.epochs + 1):
+        if run.too_far(log[-1]):
+            break
+        start = time.time()
+        noise, choice = random_numbers(settings, epoch, policy.device)
+        groups = settings.images_per_epoch // settings.samples_per_prompt
+        chosen = torch.randint(len(prompts), (groups,), generator=choice)
+        drawn = [prompts[i] for i in chosen.repeat_interleave(settings.samples_per_prompt)]
+        x, logp_old, scores = sample(policy, terms, drawn, settings.sample_batch, noise)
+        cond = policy.encode(drawn)
+        adv = run.stats.advantages(drawn, scores[:, 0])
+        adv = adv.clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
+
+        row = {"epoch": epoch, **run.describe(terms, drawn, x, cond, scores, choice)}
+        if not run.too_far(row):
+            row |= update(run, (x, logp_old, cond, adv), choice)
+        if epoch % settings.eval_every == 0:
+            row["eval_reward"] = run.evaluate(terms, eval_prompts, folder, epoch)
+        row["seconds"] = log[-1]["seconds"] + time.time() - start
+        log.append(row)
+        print(f"epoch {epoch}/{settings.epochs}  reward {row['reward_mean']:.3f}"
+              f" +- {row['reward_std']:.3f}  {row['seconds']:.0f} s", flush=True)
+        write_metrics(log, folder)
+        if epoch % settings.save_every == 0:
+            run.save(folder)
+        if all(past.get("skipped") == settings.updates_per_epoch for past in log[-3:]):
+            raise UserError("no update of 3 epochs was finite: try a lower --lr, or fp32")
+    if "eval_reward" not in log[-1]:
+        log[-1]["eval_reward"] = run.evaluate(terms, eval_prompts, folder, log[-1]["epoch"])
+    write_metrics(log, folder)
+    run.save(folder)
+
+
+# ==================================================== from here on: what the method stands on
+# ---------------------------------------------------- 6. the network: pipeline and LoRA
+
+
+class Policy:
+    """What DDPO needs of a diffusers pipeline: encode prompts, predict noise, decode latents.
+    A DDPM of pixels is unconditional: no prompts, no guidance, no VAE; its latents are images."""
+
+    def __init__(self, settings, device):
+        self.device = device
+        half = {"cuda": torch.float16, "cpu": torch.bfloat16}.get(device.type, torch.float32)
+        self.dtype = DTYPES[settings.precision] or half
+        self.pipe = load_pipeline(settings.model)
+        self.unet = self.pipe.unet
+        self.conditional = hasattr(self.pipe, "vae")
+        self.guidance_scale = settings.guidance_scale if self.conditional else 1.0
+        self.prepare(settings)
+        self.weights = add_lora(self.unet, settings.lora_rank)
+        if not self.weights:
+            raise UserError(f"--model {settings.model} has no attention for a LoRA: --lora-rank 0")
+        self.set_steps(settings)
+        height, width = np.broadcast_to(self.unet.config.sample_size, 2).tolist()
+        self.latent_shape = (self.unet.config.in_channels, height, width)
+        # logp is a mean over the latent's dimensions, so the paper's 1e-4 on 4 x 64 x 64 of them
+        # clips the joint log-ratio at 1.6384 nats. Here it is that for every size of latent.
+        self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
+        # As many pairs at a time as images were sampled: half precision then rounds both alike.
+        self.micro_batch = settings.micro_batch or settings.sample_batch
+        self.xl = hasattr(self.pipe, "text_encoder_2")
+        if self.xl:  # original size, crop, target size
+            sides = [side * self.pipe.vae_scale_factor for side in (height, width)]
+            self.time_ids = torch.tensor([[*sides, 0, 0, *sides]], device=device)
+        self.prompts = []
+        self.table = []  # embeddings: a row for no prompt, then one for each of `prompts`
+        self.encode(["a", "b"])
+        if self.conditional and torch.equal(self.table[0][1], self.table[0][2]):
+            raise ValueError("its tokenizer or text encoder cannot tell a from b")
+
+    def prepare(self, settings):
+        """Precision, memory layout and attention, as the device likes them."""
+        cuda = self.device.type == "cuda"
+        if cuda and settings.lora_rank:  # frozen, so half will do; elsewhere autocast casts it
+            self.unet.to(self.dtype)
+        # The rest stays in float32: XL's VAE overflows in fp16, and bf16 is too coarse for pixels.
+        self.pipe.to(self.device)
+        self.unet.eval()  # dropout would make the ratio differ from 1
+        if cuda:
+            self.unet.to(memory_format=torch.channels_last)  # as its convolutions want it
+        if cuda and self.conditional:
+            self.pipe.vae.enable_slicing()  # image by image: gigabytes less, hardly slower
+        for part in self.unet.modules():
+            if isinstance(part, Attention) and self.device.type == "cpu":
+                part.set_processor(AttnProcessor())  # the fused one learns slowly there
+        if settings.grad_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def set_steps(self, settings):
+        """The denoising steps, and those of them that there is something to learn from."""
+        # DDIM's own default is to clip x_0 to the range of pixels, which latents do not have.
+        config = {"clip_sample": not self.conditional, **self.pipe.scheduler.config}
+        self.scheduler = scheduler = DDIMScheduler.from_config(config)
+        scheduler.set_timesteps(settings.steps, device=self.device)
+        # On the device once and for all: a copy would make it wait in every step.
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
+        scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.to(self.device)
+        self.eta = settings.eta
+        # A deterministic step has no log-probability to learn from. Nearly deterministic ones are
+        # not worth it: their noise does not show, but their gradient, in 1 / std, drowns the rest.
+        zero = torch.zeros(settings.steps, 1, 1, 1, device=self.device)
+        _, std = ddim_mean_std(scheduler, zero, scheduler.timesteps, zero, self.eta)
+        self.trained_steps = (std.flatten() > settings.min_std).nonzero().flatten()
+        if not len(self.trained_steps):
+            raise UserError("no step adds noise to learn from: use more --steps, less --min-std")
+        share = settings.train_steps_fraction * len(self.trained_steps)
+        self.steps_learned = max(1, round(share))  # of each image in an epoch
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Prompts -> cond (B,), their rows in the table of embeddings."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompts]
+        self.prompts += new
+        if new and self.conditional:  # a prompt's and the empty one's, for XL then both pooled
+            how = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+            encoded = [self.pipe.encode_prompt(p, device=self.device, **how) for p in new]
+            rows = [self.table or encoded[0][1::2], *(parts[::2] for parts in encoded)]
+            self.table = [torch.cat(part).to(self.unet.dtype) for part in zip(*rows)]
+        return torch.tensor([self.prompts.index(p) + 1 for p in prompts], device=self.device)
+
+    def predict(self, x_t, t, cond):
+        """The network's output for x_t (B, C, H, W), t (B,), cond (B,), in float32, with guidance:
+        eps_uncond + scale * (eps_cond - eps_uncond)."""
+        guided = self.guidance_scale > 1
+        if guided:
+            x_t = torch.cat([x_t, x_t])
+            t = torch.cat([t, t])
+            cond = torch.cat([0 * cond, cond])
+        context = {"encoder_hidden_states": self.table[0][cond]} if self.conditional else {}
+        if self.xl:
+            ids = self.time_ids.expand(len(cond), -1)
+            context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": ids}
+        with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
+            eps = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
+        if guided:
+            uncond, conditional = eps.chunk(2)
+            eps = uncond + self.guidance_scale * (conditional - uncond)
+        return eps
+
+    @torch.no_grad()
+    def decode(self, x_0):
+        """Latents (B, C, H, W) -> images (B, 3, height, width), float32 in [0, 1]."""
+        if self.conditional:
+            vae = self.pipe.vae
+            x_0 = vae.decode(x_0 / vae.config.scaling_factor).sample
+        return (x_0 / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)  # pixels may be grey
+
+
+def load_pipeline(model):
+    """A pipeline of a kind that can be trained here, from a hub id or a folder."""
+    kinds = "StableDiffusionPipeline StableDiffusionXLPipeline DDPMPipeline DDIMPipeline".split()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    path = model_path(model).as_posix()
+    index = DiffusionPipeline.load_config(path)
+    kind = index.get("_class_name")
+    if kind not in kinds:
+        raise UserError(f"--model {model} is a {kind}; what works: {', '.join(kinds)}")
+    unet = getattr(diffusers, index["unet"][1])
+    unet, report = unet.from_pretrained(path, subfolder="unet", output_loading_info=True)
+    if report["missing_keys"]:  # diffusers would make them up
+        raise ValueError(f"its UNet lacks {report['missing_keys'][0]}")
+    return DiffusionPipeline.from_pretrained(path, unet=unet, safety_checker=None)
 
 
 def model_path(model):
-    """The folder of the bundled model for its name; anything else (a folder or a hub id) unchanged."""
+    """The folder of the bundled model for its name; any other folder or hub id unchanged."""
     return EXAMPLES / model if model == Settings.model else Path(model)
 
 
-def load_prompts(name, flag="--prompts"):
-    """The prompts of a set (a file in examples/prompts) or of a text file: one a line, blank lines and # comments left out."""
-    sets = {path.stem: path for path in sorted(EXAMPLES.glob("prompts/*.txt"))}
-    with explained(f"{flag} {name}: neither one of {', '.join(sets)} nor a readable text file"):
-        lines = sets.get(name, Path(name)).read_text(encoding="utf-8-sig").splitlines()
-    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-    if not prompts:
-        raise UserError(f"{flag} {name}: the file holds no prompt; write one on each line")
-    if repeated := [prompt for prompt, times in Counter(prompts).items() if times > 1]:
-        print(f"note     {flag} {name} repeats {len(repeated)} prompts, such as {repeated[0]!r}; they are drawn more often")
-    return prompts
-
-
-def pick_device(name, flag="--device"):
-    """The torch.device of that name, or the best one of this machine for "auto"."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [kind for kind in there if there[kind]]
-    if name not in ("auto", *usable):
-        raise UserError(f"{flag} {name}: not on this machine; it has {', '.join(usable)}")
-    return torch.device(usable[0] if name == "auto" else name)
-
-
-# ---------------------------------------------------------------- LoRA
-
-
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained low-rank one: y = W x + B A x, with A (rank, in) and B (out, rank) in float32.
+    """y = W x + B A x, with a frozen W and trained A (rank, in) and B (out, rank) in float32.
     B starts at zero, so the layer starts as the pretrained one."""
 
     on = True  # of all layers at once: see without_lora
@@ -210,14 +555,17 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank):
         super().__init__()
         self.base = base
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
+        x = x.contiguous()  # half precision rounds others differently when it learns from them
         y = self.base(x)
         if self.on:  # in place, because passes over y are what a LoRA costs
-            a, b = (layer.weight.to(y.dtype) for layer in (self.lora_A, self.lora_B))
+            a = self.lora_A.weight.to(y.dtype)
+            b = self.lora_B.weight.to(y.dtype)
             y.view(-1, y.shape[-1]).addmm_(nn.functional.linear(x, a).flatten(0, -2), b.T)
         return y
 
@@ -233,530 +581,161 @@ def without_lora():
 
 
 def add_lora(unet, rank):
-    """Freeze the UNet, put a LoRA on the query, key, value and output projections of its attentions, return the LoRA weights."""
-    unet.requires_grad_(False)
-    for name in [n for n, _ in unet.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))]:
-        parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child, LoRALinear(unet.get_submodule(name), rank))
-    return [p for p in unet.parameters() if p.requires_grad]
+    """Freeze the UNet but for a LoRA around its attention projections, or at rank 0 nothing of it.
+    Returns the weights to train."""
+    unet.requires_grad_(not rank)
+    for name, layer in list(unet.named_modules()):
+        if rank and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, LoRALinear(layer, rank))
+    return [weight for weight in unet.parameters() if weight.requires_grad]
 
 
 def save_lora(unet, path):
-    """Write the LoRA in diffusers' layout; alpha is not in the file, which means that it equals the rank."""
-    weights = {f"unet.{k}": v.cpu() for k, v in unet.state_dict().items() if ".lora_" in k}
+    """Write the LoRA in diffusers' layout; no alpha in the file means that it equals the rank."""
+    lora = {f"unet.{k}": v.cpu() for k, v in unet.state_dict().items() if ".lora_" in k}
     with whole_file(path) as tmp:
-        save_file(weights, tmp, metadata={"format": "pt"})
+        save_file(lora, tmp, {"format": "pt"})
 
 
 def read_lora(path):
-    """The UNet's LoRA from a file in diffusers' layout, as a state dict, and its rank."""
-    with explained(f"--init-lora {path}: not a file with a LoRA of one rank in diffusers' layout"):
+    """The LoRA of a file in diffusers' layout, as a state dict of the UNet, and its rank."""
+    with explained(f"--init-lora {path}: not a file with a LoRA of one rank, and alpha its rank"):
         with safe_open(path, "pt") as file:
-            weights = {k.removeprefix("unet."): file.get_tensor(k) for k in file.keys()}
-            about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))  # peft's configuration
-        if about.get("unet.use_rslora") or about.get("unet.alpha_pattern"):
-            raise ValueError("it scales its layers by rank-stabilised or several alphas")
-        (rank,) = {len(weight) for k, weight in weights.items() if k.endswith("lora_A.weight")}
-    scale = about.get("unet.lora_alpha", rank) / rank  # in our layers it is 1
-    return {k: weight * scale if k.endswith("lora_B.weight") else weight for k, weight in weights.items()}, rank
+            lora = {k.removeprefix("unet."): file.get_tensor(k) for k in file.keys()}
+            about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        (rank,) = {len(weight) for k, weight in lora.items() if k.endswith("lora_A.weight")}
+        scales = {str(about[k]) for k in about if "alpha" in k or "rslora" in k}
+        if scales - {str(rank), "False", "{}"}:
+            raise ValueError("it scales its layers")
+    return lora, rank
 
 
-def init_lora(unet, path):
+def load_lora(unet, path):
     """Load the LoRA of a file into the UNet's LoRA layers, which must be the same ones."""
-    with explained(f"--init-lora {path}: does not fit this UNet"):
+    with explained(f"--init-lora {path}: does not fit the model and --lora-rank"):
         missing, unexpected = unet.load_state_dict(read_lora(path)[0], strict=False)
-    if wrong := unexpected or [k for k in missing if ".lora_" in k]:
-        raise UserError(f"--init-lora {path}: trains other layers than the UNet's attention projections, such as {wrong[0]}")
+        other = unexpected + [k for k in missing if ".lora_" in k]
+        if other:
+            raise ValueError(f"it is of other layers, see {other[0]}")
 
 
-# ---------------------------------------------------------------- the pipeline as a policy
+# ---------------------------------------------------- 7. the run folder: state, metrics, pictures
 
 
-class Policy:
-    """What DDPO needs of a diffusers pipeline: encode prompts, predict noise (with guidance), decode latents.
+class Run:
+    """All that the next epoch depends on."""
 
-    An unconditional model of pixels has no prompts, no guidance and no VAE: all its prompts are one, its latents the image."""
+    def __init__(self, settings, policy):
+        self.settings = settings
+        self.policy = policy
+        decay = settings.weight_decay
+        self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, weight_decay=decay)
+        fp16 = policy.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
+        enough = min(settings.stats_min_count, settings.stats_buffer)
+        if settings.samples_per_prompt > 1:  # a group can be compared with itself from the start
+            enough = min(enough, settings.samples_per_prompt)
+        self.stats = PromptStats(settings.stats_buffer, enough)
+        self.log = []
+        self.first_spread = None
 
-    def __init__(self, settings, device):
-        self.dtype = DTYPES[settings.precision] or {"cuda": torch.float16, "cpu": torch.bfloat16}.get(device.type, torch.float32)
-        pipe = load_pipeline(settings.model)
-        self.pipe, self.unet, self.device = pipe, pipe.unet, device
-        self.conditional, self.xl = hasattr(pipe, "vae"), isinstance(pipe, StableDiffusionXLPipeline)
-        self.guidance_scale = settings.guidance_scale if self.conditional else 1.0
-        self.prepare(settings)
-        if settings.lora_rank:
-            self.weights = add_lora(self.unet, settings.lora_rank)
-        else:
-            self.weights = list(self.unet.requires_grad_(True).parameters())
-        if not self.weights:
-            raise UserError(f"--model {settings.model} has no attention for a LoRA; train the whole of it with --lora-rank 0")
-        if settings.init_lora:
-            init_lora(self.unet, settings.init_lora)
+    def step(self):
+        """An optimizer step, but none if the gradient is not finite. Returns its norm."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.policy.weights, self.settings.grad_clip).item()
+        if math.isfinite(norm):  # a loss or log-probability that is not finite shows here, too
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return norm
 
-        # DDIM's own default is to clip x_0 to the range of pixels; latents must not be, unless the model's config says so.
-        self.scheduler = DDIMScheduler.from_config({"clip_sample": not self.conditional, **pipe.scheduler.config})
-        if settings.steps > self.scheduler.config.num_train_timesteps:
-            raise UserError(f"--steps {settings.steps}: the model knows {self.scheduler.config.num_train_timesteps} timesteps")
-        self.scheduler.set_timesteps(settings.steps, device=device)
-        for name in ("alphas_cumprod", "final_alpha_cumprod"):  # no copy to the GPU, which would hold it up, in any step
-            setattr(self.scheduler, name, getattr(self.scheduler, name).to(device))
-        # A deterministic step has no log-probability, so there is nothing to learn from it. Nearly deterministic ones are
-        # worth leaving out too: their noise does not show in the image, but their gradient, in 1 / std, drowns the others'.
-        t, zero = self.scheduler.timesteps, torch.zeros(settings.steps, 1, 1, 1, device=device)
-        std = ddim_mean_std(self.scheduler, zero, t, zero, settings.eta)[1].flatten()  # (T,); it depends on t alone
-        self.trained_steps = (std > settings.min_std).nonzero().flatten()
-        if not len(self.trained_steps):
-            raise UserError(f"no step has an std above --min-std {settings.min_std}: nothing to learn from; use more --steps")
-        self.steps_learned = max(1, round(settings.train_steps_fraction * len(self.trained_steps)))  # of an image in an epoch
-        size = self.unet.config.sample_size
-        if not size:
-            raise UserError(f"--model {settings.model}: its UNet's config has no sample_size; write the height of latents there")
-        self.latent_shape = (self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size))  # (C, H, W)
-        self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
-        if self.xl:  # original size, crop and target size
-            height, width = (side * pipe.vae_scale_factor for side in self.latent_shape[1:])
-            self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device)
-        self.rows, self.table = {}, []  # of each encoded prompt the row in the tables of embeddings
-        self.compiled = settings.compile
-        self.micro_batch = settings.micro_batch or self.fitting_pairs(settings.sample_batch)
-        if self.compiled:
-            self.unet.compile(dynamic=False)  # a graph for each shape: one for all would not round like the first one
+    def describe(self, terms, prompts, x, cond, scores, generator):
+        """What the samples of an epoch tell, for metrics.csv: their rewards, KL and diversity."""
+        reward = scores[:, 0]
+        row = {"queries": self.log[-1]["queries"] + len(prompts)}
+        row |= {"reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
+        if len(terms) > 1:
+            labels = [label for label, _, _ in terms]
+            row |= zip(labels, scores.mean(0)[1:].tolist())
+        if self.settings.lora_rank:  # else there is no pretrained model left
+            row["kl"] = measure_kl(self.policy, x, cond, generator)
+        distance = spread(x[:, -1], prompts)
+        self.first_spread = self.first_spread or distance
+        row["diversity"] = distance and distance / self.first_spread
+        return row
 
-    def prepare(self, settings):
-        """Precision, memory layout and attention, as the device likes them."""
-        # Frozen weights in half precision save memory, which is what a GPU is short of; elsewhere autocast casts them as it
-        # goes. Trained ones stay in float32. So does a VAE if bf16, too coarse for 256 levels of grey, or fp16 would spoil it.
-        frozen = self.dtype if self.device.type == "cuda" else torch.float32
-        for name, part in self.pipe.components.items():
-            if isinstance(part, nn.Module):
-                delicate = name == "vae" and (frozen == torch.bfloat16 or self.xl and part.config.force_upcast)
-                exact = delicate or name == "unet" and not settings.lora_rank
-                part.requires_grad_(False).to(self.device, torch.float32 if exact else frozen)
-        self.unet.eval()  # dropout would make the ratio differ from 1
-        if self.device.type == "cpu":
-            for part in self.unet.modules():
-                if isinstance(part, Attention):
-                    part.set_processor(AttnProcessor())  # the fused one's backward pass is several times slower there
-        if self.device.type == "cuda":
-            self.unet.to(memory_format=torch.channels_last)  # what a GPU's convolutions want, and a CPU's do not
-            torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
-            if self.conditional:
-                self.pipe.vae.enable_slicing()  # decodes image by image: gigabytes less, hardly slower
-        if settings.grad_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+    def evaluate(self, terms, prompts, folder, epoch):
+        """The mean reward of the same prompts from the same noise every time, with pictures."""
+        prompts = [prompts[i % len(prompts)] for i in range(self.settings.eval_images)]
+        noise, _ = random_numbers(self.settings, 0, self.policy.device)
+        x, _, scores = sample(self.policy, terms, prompts, self.settings.sample_batch, noise)
+        reward = scores[:, 0]
+        captions = [f"{prompt[:16]}  {r:.2f}" for prompt, r in zip(prompts, reward.tolist())]
+        path = folder / "samples" / f"epoch_{epoch:04d}.png"
+        save_pictures(self.policy.decode(x[:, -1]), captions, path)
+        return reward.mean().item()
 
-    @torch.no_grad()
-    def encode(self, prompts):
-        """Prompts -> cond (B,), their rows in the tables of embeddings. Each is encoded once; row 0 is for no prompt."""
-        for prompt in [p for p in dict.fromkeys(prompts) if p not in self.rows]:
-            self.rows[prompt] = len(self.rows) + 1
-            if self.conditional:
-                flags = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-                encoded = self.pipe.encode_prompt(prompt=prompt, **flags)  # with and without prompt; in XL then both pooled
-                rows, empty = encoded[::2], encoded[1::2]
-                self.table = [torch.cat(part).to(self.unet.dtype) for part in zip(self.table or empty, rows)]
-        return torch.tensor([self.rows[p] for p in prompts], device=self.device)
+    def too_far(self, row):
+        """Whether an epoch's KL is past --kl-stop."""
+        return 0 < self.settings.kl_stop < (row.get("kl") or 0)
 
-    def predict(self, x_t, t, cond):
-        """The network's output eps(x_t, t, c) for x_t (B, C, H, W), t (B,), cond (B,), in float32, with classifier-free
-        guidance: eps_uncond + scale * (eps_cond - eps_uncond)."""
-        guided, context = self.guidance_scale > 1, {}
-        if guided:
-            x_t, t, cond = torch.cat([x_t, x_t]), t.repeat(2), torch.cat([torch.zeros_like(cond), cond])
-        if self.conditional:
-            context["encoder_hidden_states"] = self.table[0][cond]
-        if self.xl:
-            context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": self.time_ids.expand(len(cond), -1)}
-        learning = torch.is_grad_enabled()
-        # A network compiled for gradients rounds in other places than one that is not, so when compiled it samples as it learns.
-        with (
-            torch.set_grad_enabled(learning or self.compiled),
-            torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype),
-        ):
-            eps = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
-        eps = eps if learning else eps.detach()
-        if guided:
-            uncond, conditional = eps.chunk(2)
-            eps = uncond + self.guidance_scale * (conditional - uncond)
-        return eps
+    def save(self, folder):
+        """Write the state, and the LoRA alone for others to use."""
+        if self.settings.lora_rank:
+            save_lora(self.policy.unet, folder / "pytorch_lora_weights.safetensors")
+        state = {"weights": nn.ParameterList(self.policy.weights).state_dict(), "log": self.log,
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                 "stats": self.stats.buffers, "first_spread": self.first_spread}
+        with whole_file(folder / "state.pt") as tmp, open(tmp, "wb") as file:
+            torch.save(state, file)
 
-    def fitting_pairs(self, most):
-        """How many (image, step) pairs may go through the network at once: `most`, the number of images that are sampled at
-        once, so that half precision rounds both alike and the ratio is 1. Fewer, a power of 2, if they would take more than
-        80 % of a GPU's free memory, going by what the second of two pairs takes."""
-        if self.device.type != "cuda":
-            return most
-        free, peaks, t = torch.cuda.mem_get_info(self.device)[0], [], self.scheduler.timesteps
-        free -= 12 * sum(p.numel() for p in self.weights)  # their gradients and AdamW's moments are still to come
-        for pairs in (1, 2):
-            torch.cuda.reset_peak_memory_stats(self.device)
-            x_t = self.scheduler.alphas_cumprod.new_zeros(pairs, *self.latent_shape)
-            torch.autograd.grad(self.predict(x_t, t[:1].expand(pairs), self.encode([""] * pairs)).sum(), self.weights)
-            peaks.append(torch.cuda.max_memory_allocated(self.device))
-        fit = 0.8 * free / max(1, peaks[1] - peaks[0])
-        return most if fit >= most else 2 ** int(math.log2(max(1, fit)))
-
-    @torch.no_grad()
-    def decode(self, x_0):
-        """Latents (B, C, H, W) -> images (B, 3, height, width), float32 in [0, 1]."""
-        if self.conditional:
-            vae = self.pipe.vae
-            x_0 = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample
-        return (x_0.float() / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)  # a model of pixels may be grey
-
-
-def load_pipeline(model):
-    """Open a pipeline of a kind that can be trained here, from a hub id or a folder, without a safety checker."""
-    path = model_path(model).as_posix()
-    kinds = {"StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-             "StableDiffusionXLPipeline": {"add_watermarker": False}, "DDPMPipeline": {}, "DDIMPipeline": {}}  # fmt: skip
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    found = "the folder holds no complete pipeline" if os.path.isdir(path) else "no such folder, and the hub gives none"
-    with explained(f"--model {model}: {found}; name a folder with a model_index.json, or a hub id"):
-        kind = DiffusionPipeline.load_config(path).get("_class_name")
-        if kind not in kinds:
-            raise UserError(f"--model {model} is a {kind}; what works: {', '.join(kinds)}")
-        return getattr(diffusers, kind).from_pretrained(path, **kinds[kind])
-
-
-# ---------------------------------------------------------------- one DDIM step with its log-probability
-
-
-def ddim_mean_std(scheduler, model_output, t, x_t, eta=1.0):
-    """Mean (B, C, H, W) and std (B, 1, 1, 1) of p(x_{t-1} | x_t), Song et al. 2021 (DDIM), equations 12 and 16, in float32.
-    Timesteps t (B,) may differ within the batch; `scheduler.set_timesteps` must have been called."""
-    config, x_t, model_output = scheduler.config, x_t.float(), model_output.float()
-    abar = scheduler.alphas_cumprod.to(x_t.device)
-    t_prev = t - config.num_train_timesteps // scheduler.num_inference_steps
-    abar_t = abar[t].view(-1, 1, 1, 1)
-    abar_prev = torch.where(t_prev >= 0, abar[t_prev.clamp(min=0)], scheduler.final_alpha_cumprod.to(abar)).view(-1, 1, 1, 1)
-
-    signal, sigma = abar_t.sqrt(), (1 - abar_t).sqrt()  # x_t = signal * x_0 + sigma * eps
-    if config.prediction_type == "epsilon":
-        eps, x_0 = model_output, (x_t - sigma * model_output) / signal
-    elif config.prediction_type == "v_prediction":
-        eps, x_0 = signal * model_output + sigma * x_t, signal * x_t - sigma * model_output
-    else:  # "sample"
-        eps, x_0 = (x_t - signal * model_output) / sigma, model_output
-    if config.thresholding:
-        x_0 = scheduler._threshold_sample(x_0)
-    elif config.clip_sample:
-        x_0 = x_0.clamp(-config.clip_sample_range, config.clip_sample_range)
-
-    std = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
-    mean = abar_prev.sqrt() * x_0 + (1 - abar_prev - std**2).clamp(min=0).sqrt() * eps
-    return mean, std
-
-
-def ddim_step(scheduler, model_output, t, x_t, eta=1.0, x_prev=None, generator=None):
-    """One denoising step and its log-probability: draws x_{t-1} ~ N(mean, std^2), or scores `x_prev` if it is given.
-
-    Returns x_prev (B, C, H, W) in x_t's dtype and logp (B,) float32, the *mean* over the C * H * W dimensions of
-    log N(x_prev; mean, std^2), as in the paper's code. Where std is 0 the step is deterministic: logp is 0, without gradient."""
-    mean, std = ddim_mean_std(scheduler, model_output, t, x_t, eta)
-    if x_prev is None:
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        x_prev = (mean + std * noise).detach().to(x_t.dtype)
-    random = std > 0
-    std = torch.where(random, std, 1)
-    z = (x_prev.float() - mean) / std  # of x_prev as it is stored, be it rounded to half precision
-    logp = torch.where(random, -(z**2) / 2 - std.log() - math.log(2 * math.pi) / 2, 0)  # (B, C, H, W)
-    return x_prev, logp.mean((1, 2, 3))
-
-
-# ---------------------------------------------------------------- rollout
-
-
-@torch.no_grad()
-def rollout(policy, prompts, eta, generator):
-    """Sample one image for each of B prompts. Returns the trajectory x (B, T+1, C, H, W), noise first, and logp (B, T)."""
-    cond = policy.encode(prompts)
-    x = [torch.randn(len(prompts), *policy.latent_shape, generator=generator, device=policy.device)]
-    logps = []
-    for t in policy.scheduler.timesteps:
-        t = t.expand(len(prompts))
-        x_prev, logp = ddim_step(policy.scheduler, policy.predict(x[-1], t, cond), t, x[-1], eta, generator=generator)
-        x.append(x_prev)
-        logps.append(logp)
-    return torch.stack(x, 1), torch.stack(logps, 1)
-
-
-@torch.no_grad()
-def score(terms, images, prompts):
-    """r(x_0, c), the weighted sum of the K rewards in `terms`, and each of them: (B, 1 + K) float32."""
-    total, columns, n = 0, [], len(prompts)
-    for label, weight, reward_fn in terms:
-        try:
-            reward = torch.as_tensor(reward_fn(images, prompts)).detach().float().cpu()
-        except (UserError, torch.cuda.OutOfMemoryError):
-            raise
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            where = [frame for frame in frames if "-packages" not in frame.filename][-1]  # the user's line, not torch's
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"reward {label} failed at {prompts[0]!r}: {what} ({where.filename}, line {where.lineno})") from error
-        if reward.shape != (n,):
-            raise UserError(f"reward {label} returned shape {tuple(reward.shape)} for {n} images; it must be ({n},)")
-        if not reward.isfinite().all():
-            bad = int((~reward.isfinite()).nonzero()[0])
-            raise UserError(f"reward {label} returned {reward[bad]} for the prompt {prompts[bad]!r}; it must be finite")
-        columns.append(reward)
-        total += weight * reward
-    return torch.stack([total, *columns], 1)
-
-
-def sample(policy, terms, prompts, settings, generator, tick=lambda: None):
-    """Roll out and score any number of prompts in batches. Returns x (N, T+1, C, H, W), logp (N, T), scores (N, 1 + K)."""
-    parts, scores = [], []
-    with ThreadPoolExecutor(1) as scorer:  # scores a batch while the next one is sampled; one thread, so always in order
-        for i in range(0, len(prompts), settings.sample_batch):
-            batch = prompts[i : i + settings.sample_batch]
-            if len(scores) > 1:
-                scores[-2].result()  # no more than one batch is scored behind: what fails or is stopped there ends here
-            parts.append(rollout(policy, batch, settings.eta, generator))
-            scores.append(scorer.submit(score, terms, policy.decode(parts[-1][0][:, -1]), batch))
-            tick()
-    x, logp = (torch.cat(part) for part in zip(*parts))
-    return x, logp, torch.cat([future.result() for future in scores])
-
-
-# ---------------------------------------------------------------- advantages
-
-
-class PromptStats:
-    """Running rewards of each prompt. They play the part of the value function: an advantage compares a reward with what the
-    same prompt usually gets. A prompt with fewer than `min_count` rewards falls back on the whole batch's."""
-
-    def __init__(self, buffer_size=32, min_count=16):
-        self.buffer_size, self.min_count, self.buffers = buffer_size, min_count, {}
-
-    def advantages(self, prompts, rewards):
-        """Remember the rewards (B,) of the B prompts; return (rewards - mean) / std, (B,) float32."""
-        rewards = np.asarray(rewards, dtype=np.float64)  # integers would cut the advantages off
-        if rewards.shape != (len(prompts),):
-            raise ValueError(f"{len(prompts)} prompts need rewards of shape ({len(prompts)},), not {rewards.shape}")
-        for prompt, reward in zip(prompts, rewards.tolist()):
-            self.buffers.setdefault(prompt, []).append(reward)
-        for prompt, count in Counter(prompts).items():  # remember at least those of this batch: there may be only one prompt
-            self.buffers[prompt] = self.buffers[prompt][-max(self.buffer_size, count) :]
-        own = [self.buffers[p] if len(self.buffers[p]) >= self.min_count else rewards for p in prompts]
-        adv = [(r - np.mean(past)) / (np.std(past) + 1e-6) for r, past in zip(rewards, own)]
-        return torch.tensor(adv, dtype=torch.float32)
-
-
-# ---------------------------------------------------------------- objectives, and how far they have led
-
-
-def clipped_loss(logp, logp_old, adv, clip_range):
-    """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (B,). Allows several updates on the same
-    samples: beyond the clip range a pair that the update already favours stops pulling."""
-    ratio = torch.exp(logp - logp_old)
-    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_range, 1 + clip_range))
-
-
-def reinforce_loss(logp, adv):
-    """DDPO-SF (section 4.3): the score function estimator, for each pair, (B,). Right only for samples of the present policy."""
-    return -adv * logp
-
-
-def kl_to_pretrained(policy, eps, x_t, t, cond, eta):
-    """KL(p_theta || p_pretrained) of denoising steps in nats, (B,). The two Gaussians share their std, so it is exact:
-    ||mean - mean_pretrained||^2 / (2 std^2). Summed over a trajectory it bounds the KL between the two models' images."""
-    with without_lora(), torch.no_grad():
-        eps_pretrained = policy.predict(x_t, t, cond)
-    mean, std = ddim_mean_std(policy.scheduler, eps, t, x_t, eta)
-    mean_pretrained, _ = ddim_mean_std(policy.scheduler, eps_pretrained, t, x_t, eta)
-    return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
-
-
-@torch.no_grad()
-def measure_kl(policy, x, cond, settings, generator):
-    """Nats per trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained model: an unbiased estimate,
-    from the trained steps of a sixteenth of the images: a thirtieth of an epoch's cost. With min_std 0 it is the bound."""
-    images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
-    total, t = 0.0, policy.scheduler.timesteps
-    for i, j in (micro.unbind(1) for micro in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch)):
-        eps = policy.predict(x[i, j], t[j], cond[i])
-        total += kl_to_pretrained(policy, eps, x[i, j], t[j], cond[i], settings.eta).sum()
-    return float(total) / len(images)
-
-
-def spread(x_0, prompts):
-    """Mean distance between the final latents (N, C, H, W) of the same prompt; None if no prompt has two."""
-    groups = [[i for i, p in enumerate(prompts) if p == prompt] for prompt in dict.fromkeys(prompts)]
-    # On the CPU, because not every device has this function.
-    distances = torch.cat([torch.pdist(x_0[group].flatten(1).cpu()) for group in groups])
-    return distances.mean().item() if len(distances) else None
-
-
-# ---------------------------------------------------------------- update
-
-
-def update(run, samples, generator, tick=lambda: None):
-    """One epoch of learning: deal the N images into `updates_per_epoch` minibatches, take one optimizer step on each.
-
-    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,). A minibatch's gradient is the mean over its (image,
-    step) pairs, summed up in micro-batches. One that is not finite is skipped. Returns the epoch's metrics."""
-    (x, logp_old, cond, adv), settings, policy = samples, run.settings, run.policy
-    totals, ratio_errors, grad_norms = torch.zeros(3, device=x.device), [], []
-    images = torch.randperm(len(x), generator=generator).to(x.device)
-    images = images[adv[images].abs() >= adv.abs().max().clamp(max=settings.adv_min)]  # all of them if that is 0; one at least
-    for minibatch in images.chunk(settings.updates_per_epoch):
-        # Each image has its own random steps, so the gradient is that of all steps in expectation.
-        order = torch.rand(len(minibatch), len(policy.trained_steps), generator=generator).to(x.device)
-        steps = policy.trained_steps[order.topk(policy.steps_learned).indices.sort().values]  # (images, steps)
-        pairs = torch.stack([minibatch.repeat_interleave(steps.shape[1]), steps.flatten()], 1)  # (images * steps, 2)
-        for i, j in (micro.unbind(1) for micro in pairs.split(policy.micro_batch)):
-            x_t, x_prev, t, c = x[i, j], x[i, j + 1], policy.scheduler.timesteps[j], cond[i]
-            eps = policy.predict(x_t, t, c)
-            _, logp = ddim_step(policy.scheduler, eps, t, x_t, settings.eta, x_prev=x_prev)
-            if settings.objective == "clipped":
-                loss = clipped_loss(logp, logp_old[i, j], adv[i], policy.clip_range)
-            else:
-                loss = reinforce_loss(logp, adv[i])
-            if settings.kl_coef:  # logp is a mean over dimensions, so the KL is too: a nat costs kl_coef in advantage
-                kl = kl_to_pretrained(policy, eps, x_t, t, c, settings.eta)
-                loss = loss + settings.kl_coef * kl / x_t[0].numel()
-            run.scaler.scale(loss.sum() / len(pairs)).backward()
-            with torch.no_grad():
-                log_ratio = logp - logp_old[i, j]
-                off = (log_ratio.exp() - 1).abs()
-                if not grad_norms:  # nothing has been updated yet, so these should be 0
-                    ratio_errors.append(off.max())
-                totals += torch.stack([loss.sum(), (off > policy.clip_range).sum(), (log_ratio**2).sum() / 2])
-        run.scaler.unscale_(run.optimizer)
-        grad_norms.append(nn.utils.clip_grad_norm_(policy.weights, settings.grad_clip).item())
-        if math.isfinite(grad_norms[-1]):  # a loss or log-probability that is not finite shows here too
-            run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad()
-        tick()
-    loss, clip_fraction, approx_kl = (totals / (len(images) * policy.steps_learned)).tolist()
-    ratio_error, skipped = torch.stack(ratio_errors).max().item(), sum(not math.isfinite(norm) for norm in grad_norms)
-    return {"loss": loss, "ratio_error": ratio_error, "clip_fraction": clip_fraction, "approx_kl": approx_kl,
-            "grad_norm": float(np.mean(grad_norms)), "skipped": skipped}  # fmt: skip
-
-
-# ---------------------------------------------------------------- the run folder: state, settings, metrics, pictures
+    def load(self, path):
+        """Take over a saved state. It may be somebody else's, which must not run code."""
+        with explained(f"{path} is damaged or of another kind of run"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            nn.ParameterList(self.policy.weights).load_state_dict(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.stats.buffers = state["stats"]
+            self.log = state["log"]
+            self.first_spread = state["first_spread"]
+        now = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
+        self.optimizer.param_groups[0].update(now)
 
 
 @contextmanager
 def whole_file(path):
-    """A temporary name to write to, which becomes `path` once all is on the disk: a kill leaves the old file or the new one."""
+    """A name to write to that becomes `path` once all is on the disk: a kill at any moment leaves
+    the old file or the new one."""
     tmp = path.with_name(path.name + ".tmp")
     with explained(f"cannot write {path}; what was saved before is whole"):
-        try:
-            yield tmp
-            with open(tmp, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)  # what Ctrl-C or a full disk left half
+        path.parent.mkdir(exist_ok=True)
+        yield tmp
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
 
 
 def random_numbers(settings, epoch, device):
-    """Generators for the images and for prompts and batches. They depend on the seed and the epoch's number alone, so a resumed
-    run draws what it would have drawn; evaluations are epoch 0. Also seeds the global ones, for rewards that use them."""
+    """Generators for noise and for choices. They depend on the seed and the epoch alone, so that a
+    resumed run draws what it would have drawn; evaluations are epoch 0. Seeds the global ones."""
     seed = (1_000_000 * settings.seed + epoch) % 2**32
     transformers.set_seed(seed)
     return torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
 
 
-STATES = "state_" + 5 * "[0-9]" + ".pt"  # not the copies that somebody keeps under other names
-
-
-class Run:
-    """All that the next epoch depends on besides the settings: what --resume needs."""
-
-    def __init__(self, settings, policy):
-        self.settings, self.policy = settings, policy
-        fused, decay = policy.device.type == "cuda", settings.weight_decay
-        self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, (0.9, 0.999), 1e-8, decay, fused=fused)
-        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
-        group = settings.samples_per_prompt  # it can be compared with itself, so it need not wait for stats_min_count rewards
-        enough = min(settings.stats_min_count, group) if group > 1 else settings.stats_min_count
-        self.stats = PromptStats(settings.stats_buffer, enough)
-        self.log, self.first_spread = [], None  # the rows of metrics.csv, one an epoch; the first epoch's `spread`
-
-    def too_far(self, row):
-        """Whether the KL of an epoch is past --kl-stop."""
-        return 0 < self.settings.kl_stop < (row.get("kl") or 0)
-
-    def save(self, folder):
-        """Write the state after the newest epoch; the one before it is kept too."""
-        state = {"weights": self.policy.weights, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                 "stats": self.stats.buffers, "log": self.log, "first_spread": self.first_spread}  # fmt: skip
-        path = folder / f"state_{self.log[-1]['epoch']:05d}.pt"
-        with whole_file(path) as tmp, open(tmp, "wb") as file:
-            torch.save(state, file)
-        states = sorted(folder.glob(STATES))
-        now = states.index(path)
-        for old in states[: max(now - 1, 0)] + states[now + 1 :]:  # later ones are of a branch that was left by resuming before
-            old.unlink()
-
-    def load(self, path):
-        """Take over a saved state; UserError if the file is damaged or of another kind of run."""
-        earlier = [f"--resume {p}" for p in sorted(path.parent.glob(STATES)) if p < path]
-        with explained(f"{path} is damaged or of another kind of run; before it: {earlier[-1] if earlier else 'none'}"):
-            if broken := ZipFile(path).testzip():
-                raise ValueError(f"the checksum of {broken} is wrong")  # torch does not look at it
-            state = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file must not run code
-            for weight, saved in zip(self.policy.weights, state["weights"], strict=True):
-                weight.data.copy_(saved)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.stats.buffers, self.log, self.first_spread = state["stats"], state["log"], state["first_spread"]
-        for group in self.optimizer.param_groups:
-            group.update(lr=self.settings.lr, weight_decay=self.settings.weight_decay)
-
-
-CHANGEABLE = """epochs lr weight_decay grad_clip kl_stop save_every eval_every micro_batch grad_checkpointing compile
-                reward_batch_size reward_device""".split()
-
-
-def reopen(name, flags):
-    """Settings, folder and state file (None before the first) of the run to go on with: `name` is its folder or one of its
-    state files, or empty for the newest run in runs/. Only settings that do not make it another experiment may change."""
-    runs = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.parent.stat().st_mtime)
-    if not name and not runs:
-        raise UserError("--resume: there is no run in runs/; name its folder")
-    path = Path(name) if name else runs[-1].parent
-    folder = path.parent if path.is_file() else path
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--resume {path}: no run there; name a folder with a config.json, or a state file in one")
-    old = make_settings({}, folder / "config.json")
-    changes = {f: f"--{f.replace('_', '-')} {getattr(old, f)} -> {flags[f]}" for f in flags if flags[f] != getattr(old, f)}
-    if refused := [text for f, text in changes.items() if f not in CHANGEABLE]:
-        raise UserError(f"--resume {folder}: {', '.join(refused)} would make it another experiment; start a new run")
-    new = replace(old, **flags)
-    newest = max(folder.glob(STATES), default=None)
-    state = path if path.is_file() else newest
-    back = ["later epochs will be written over"] if state != newest else []
-    print("resumes  " + ", ".join([str(state or folder), *changes.values(), *back]))
-    return new, folder, state
-
-
 def make_run_folder(settings):
     """A new folder for this run; one that holds anything is never written to."""
     base = "runs/" + re.sub(r"[^\w.-]+", "_", settings.reward).strip("_")
-    names = (base + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-    with explained(f"--out {settings.out or base}: cannot make that folder"):
-        folder = Path(settings.out or next(name for name in names if not os.path.exists(name)))
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"--out {folder} is not empty; name another folder, or leave --out away (or --resume {folder})")
-        (folder / "samples").mkdir(parents=True)
+    folder = Path(settings.out or base)
+    number = 1
+    while folder.exists() and not settings.out:
+        number += 1
+        folder = Path(f"{base}-{number}")
+    with explained(f"--out {folder}: cannot make that; name a new folder, or --resume {folder}"):
+        folder.mkdir(parents=True)
     return folder
-
-
-def write_config(settings, folder, device):
-    """config.json: the settings, for --config and --resume, and what the run is made with."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(EXAMPLES))} describe --always --dirty --abbrev=40")
-    made_with = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
-    made_with |= {"device": name, "git": None if failed else commit}
-    with whole_file(folder / "config.json") as tmp:
-        tmp.write_text(json.dumps({**asdict(settings), "made_with": made_with}, indent=2) + "\n")
 
 
 COLUMNS = """epoch queries seconds reward_mean reward_std eval_reward kl diversity
@@ -764,189 +743,153 @@ COLUMNS = """epoch queries seconds reward_mean reward_std eval_reward kl diversi
 
 
 def write_metrics(log, folder):
-    """metrics.csv, from the rows of all epochs: COLUMNS, and the rewards' own if there are several."""
+    """metrics.csv: a row an epoch, with a column of its own for each of several rewards."""
     with whole_file(folder / "metrics.csv") as tmp, open(tmp, "w", newline="") as file:
         writer = csv.DictWriter(file, dict.fromkeys([*COLUMNS, *log[-1]]))
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in log)
+        for row in log:
+            writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
 
 
-def evaluate(policy, terms, prompts, settings, folder, epoch):
-    """Sample the same prompts from the same noise every time, save them below those of epoch 0, return the mean reward."""
-    prompts = [prompts[i % len(prompts)] for i in range(settings.eval_images)]
-    terms = [term for term in terms if term[1]] or terms  # not the monitors
-    x, _, scores = sample(policy, terms, prompts, settings, random_numbers(settings, 0, policy.device)[0])
-    reward, tiles = scores[:, 0], []
-    for x_0, prompt, r in zip(x[:, -1].split(1), prompts, reward.tolist()):
-        image = rewards.to_pil(policy.decode(x_0))[0].resize((140, 140), Image.BICUBIC)
-        tiles.append(ImageOps.expand(image, (2, 2, 2, 18), "white"))
-        ImageDraw.Draw(tiles[-1]).text((2, 144), f"{prompt[:16]}  {r:.2f}", fill="black")
-    first, path = (folder / "samples" / f"epoch_{n:04d}.png" for n in (0, epoch))
-    rows = [*([Image.open(first)] if epoch and first.is_file() else []), make_image_grid(tiles, 1, len(tiles))]
+def save_pictures(images, captions, path):
+    """A row of images with captions, below that of epoch 0 if there is one in the same folder."""
+    tiles = []
+    for image, caption in zip(rewards.to_pil(images), captions):
+        tile = ImageOps.expand(image.resize((140, 140)), (2, 2, 2, 18), "white")
+        ImageDraw.Draw(tile).text((2, 144), caption, fill="black")
+        tiles.append(tile)
+    rows = [make_image_grid(tiles, 1, len(tiles))]
+    first = path.with_name("epoch_0000.png")
+    if first != path and first.is_file():
+        rows.insert(0, Image.open(first))
     with whole_file(path) as tmp:
         make_image_grid(rows, len(rows), 1).save(tmp, "PNG")
-    return reward.mean().item()
 
 
-# ---------------------------------------------------------------- train, main
+# ---------------------------------------------------- 8. the command line
 
 
-def train(run, terms, prompts, eval_prompts, folder):
-    """The epochs of DDPO: draw prompts, sample and score, compare, update, evaluate, log, save."""
-    settings, policy, log, group = run.settings, run.policy, run.log, run.settings.samples_per_prompt
-    ticks, start = math.ceil(settings.images_per_epoch / settings.sample_batch) + settings.updates_per_epoch, time.time()
-    if log:
-        start -= log[-1]["seconds"]
-    else:
-        before = evaluate(policy, terms, eval_prompts, settings, folder, 0)
-        log.append({"epoch": 0, "queries": 0, "eval_reward": before, "seconds": time.time() - start})
-    bar = tqdm(total=settings.epochs * ticks, initial=log[-1]["epoch"] * ticks, unit="batch")
-    while log[-1]["epoch"] < settings.epochs and not run.too_far(log[-1]):
-        epoch = log[-1]["epoch"] + 1
-        noise, choice = random_numbers(settings, epoch, policy.device)
-        chosen = torch.randint(len(prompts), (settings.images_per_epoch // group,), generator=choice)
-        drawn = [prompts[i] for i in chosen for _ in range(group)]
-        x, logp_old, scores = sample(policy, terms, drawn, settings, noise, bar.update)
-        reward, cond = scores[:, 0], policy.encode(drawn)
-        adv = run.stats.advantages(drawn, reward).clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
-
-        row = {"epoch": epoch, "queries": epoch * len(drawn), **describe(run, terms, drawn, x, cond, scores, choice)}
-        if not run.too_far(row):
-            row |= update(run, (x, logp_old, cond, adv), choice, bar.update)
-        last = epoch == settings.epochs or run.too_far(row)
-        if last or epoch % settings.eval_every == 0:
-            row["eval_reward"] = evaluate(policy, terms, eval_prompts, settings, folder, epoch)
-        row["seconds"] = time.time() - start
-        log.append(row)
-        write_metrics(log, folder)
-        if last or epoch % settings.save_every == 0:
-            if settings.lora_rank:
-                save_lora(policy.unet, folder / "pytorch_lora_weights.safetensors")
-            run.save(folder)
-        report(run, row, bar)
-        if all(past.get("skipped") == settings.updates_per_epoch for past in log[-3:]):
-            raise UserError(f"no update of 3 epochs was finite; {folder} has the weights before them: try a lower --lr or fp32")
-    bar.close()
-    if run.too_far(log[-1]):
-        print(f"stopped at {log[-1]['kl']:.1f} nats from the pretrained model, past --kl-stop {settings.kl_stop}")
+def load_prompts(name):
+    """The prompts of a set in examples/prompts or of a text file: one a line, but # comments."""
+    path = EXAMPLES / "prompts" / f"{name}.txt"
+    with explained(f"--prompts {name}: not animals, activities, imagenet, nor a text file"):
+        lines = (path if path.is_file() else Path(name)).read_text("utf-8-sig").splitlines()
+    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not prompts:
+        raise UserError(f"--prompts {name}: the file holds no prompt; write one on each line")
+    return prompts
 
 
-def describe(run, terms, prompts, x, cond, scores, generator):
-    """What the samples of an epoch tell, for metrics.csv: their rewards, KL and diversity."""
-    reward, means, distance = scores[:, 0], scores.mean(0)[1:].tolist(), spread(x[:, -1], prompts)
-    run.first_spread = run.first_spread or distance
-    row = {"reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
-    row |= {label: mean for (label, _, _), mean in zip(terms, means) if len(terms) > 1}
-    row["kl"] = measure_kl(run.policy, x, cond, run.settings, generator) if run.settings.lora_rank else None
-    row["diversity"] = distance and distance / run.first_spread
-    return row
+def pick_device(name):
+    """The torch.device of that name, or for "auto" the best one of this machine."""
+    best = "mps" if torch.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
+    with explained(f"device {name}: not on this machine, which has {best}"):
+        return torch.empty(0, device=best if name == "auto" else name).device
 
 
-def report(run, row, bar):
-    """Print an epoch's results, and what is wrong with them."""
-    bar.write("epoch {epoch:3d}  reward {reward_mean:.3f} +- {reward_std:.3f}  {seconds:.0f} s".format(**row))
-    bar.set_postfix({column: row[column] for column in ("reward_mean", "kl") if row[column] is not None})
-    if row["epoch"] == 1 and row.get("ratio_error", 0) > run.policy.clip_range / 10:
-        off = f"note     before any update the ratio is off 1 by {row['ratio_error']:.1g}, too much beside the clip range"
-        bar.write(f"{off}: give --micro-batch the value of --sample-batch, or use --precision fp32")
-    if row.get("skipped"):
-        bar.write(f"epoch {row['epoch']:3d}  {row['skipped']} of {run.settings.updates_per_epoch} updates skipped: not finite")
-
-
-def launch(settings, folder=None, state=None):
-    """Set up a run, or the one in `folder` again from its file `state`, train, and say what came of it. Returns the folder."""
-    prompts = load_prompts(settings.prompts)
-    eval_prompts = load_prompts(settings.eval_prompts, "--eval-prompts") if settings.eval_prompts else prompts
-    device = pick_device(settings.device)
-    reward_device = pick_device(settings.reward_device, "--reward-device") if settings.reward_device else device
-    terms = rewards.load_rewards(settings.reward, settings.monitor, reward_device, settings.reward_batch_size)
-    if taken := [label for label, _, _ in terms if label in COLUMNS]:
-        raise UserError(f"the reward {taken[0]} has the name of a column of metrics.csv: rename the function")
-    random_numbers(settings, 0, device)  # seeds the LoRA
-    torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
-    policy = Policy(replace(settings, init_lora="") if state else settings, device)
-    if not policy.conditional:
-        prompts = eval_prompts = [""]
-    run = Run(settings, policy)
-    if state:
-        run.load(state)
-    folder = folder or make_run_folder(settings)
-    write_config(settings, folder, device)
-    introduce(settings, policy, prompts, folder)
-    try:
-        train(run, terms, prompts, eval_prompts, folder)
-        if not settings.lora_rank:
-            with explained(f"cannot write {folder / 'pipeline'}; what was saved before is whole"):
-                policy.pipe.to(torch.float32).save_pretrained(folder / "pipeline")
-    except KeyboardInterrupt:
-        raise UserError(f"stopped; go on with: python ddpo.py --resume {shlex.quote(str(folder))}") from None
-    conclude(run, folder)
-    return folder
-
-
-def introduce(settings, policy, prompts, folder):
-    """Say what is about to run, and what it will cost."""
-    s, pairs = settings, settings.images_per_epoch * policy.steps_learned
-    bundled = " (the bundled one; for Stable Diffusion: --model stable-diffusion-v1-5/stable-diffusion-v1-5)"
-    print(f"model    {s.model}{bundled if s.model == Settings.model else ''}")
-    print(f"reward   {s.reward}, " + (f"{len(prompts)} prompts" if policy.conditional else "no prompts"))
-    print(f"trains   {sum(p.numel() for p in policy.weights):,} weights on {policy.device} in {str(policy.dtype)[6:]}")
-    print(f"epoch    {s.images_per_epoch} images of {s.steps} steps; {pairs} (image, step) pairs, {s.updates_per_epoch} updates; "
-          f"{s.sample_batch} images and {policy.micro_batch} pairs at once")  # fmt: skip
-    print(f"run      {s.epochs} epochs = {s.epochs * s.images_per_epoch} reward queries; results go to {folder}", flush=True)
-
-
-def conclude(run, folder):
-    """Say what came of a run, and how to use it."""
-    evaluated = [row for row in run.log if "eval_reward" in row]
-    before, after = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
-    picture = folder / "samples" / f"epoch_{evaluated[-1]['epoch']:04d}.png"
-    print(f"\nReward on the same prompts and noise: {before:.3f} before, {after:.3f} after; see {picture}")
-    if not run.settings.lora_rank:
-        result = str(folder / "pipeline")
-        print(f"The pipeline is in {result}; in diffusers: DiffusionPipeline.from_pretrained({result!r})")
-    elif run.policy.conditional:
-        print(f"The LoRA is in {folder}; in diffusers (with peft installed): pipe.load_lora_weights({str(folder)!r})")
-    else:  # diffusers cannot load a LoRA there
-        print(f"The LoRA is in {folder}; go on from it with --init-lora {folder / 'pytorch_lora_weights.safetensors'}")
+def make_settings(resume="", **flags):
+    """Settings as the command line makes them: the defaults, over them the model folder's
+    ddpo.json (on resuming, the run's config.json instead), over them `flags`."""
+    model = model_path(flags.get("model", Settings.model))
+    file = Path(resume, "config.json") if resume else model / "ddpo.json"
+    values = {}
+    with explained(f"{file} must be a json object of settings"):
+        if resume or file.is_file():
+            values = json.loads(file.read_text())
+        values.pop("made_with", None)
+        text = {k for k, v in values.items() if type(v) is str}
+        if resume:  # all text was on the command line, but the folder may be somebody else's
+            text = {k for k in ("reward", "monitor") if ":" in values.get(k, "")}
+        for k in text - flags.keys():  # no code, no folders
+            again = f"--{k} {shlex.quote(values[k])}"
+            raise UserError(f"{file} cannot decide the {k}; if you trust it, add {again}")
+    if resume:
+        print("resumes", resume, {k: v for k, v in flags.items() if values.get(k) != v} or "")
+    if flags.get("objective") == "reinforce":
+        values["updates_per_epoch"] = 1
+    if flags.get("init_lora"):
+        _, values["lora_rank"] = read_lora(flags["init_lora"])
+    if {**values, **flags}.get("lora_rank") == 0 and ("lora_rank" in flags or "lr" not in values):
+        values["lr"] = 1e-5  # the paper's, for the whole UNet
+    with explained(f"settings of {file} and flags"):
+        return Settings(**{**values, **flags})
 
 
 def parse(argv=None):
-    """The command line, in which every field of Settings is a flag, as the arguments of `launch`."""
-    about = "Fine-tune a diffusion model on a reward with DDPO. A model folder's ddpo.json overrides the defaults shown here."
-    parser = argparse.ArgumentParser("ddpo.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    """The command line, in which every setting is a flag: settings, and the run to resume."""
+    about = "Fine-tune a diffusion model on a reward. A model's ddpo.json overrides these defaults."
+    how = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("ddpo.py", description=about, **how)
+    helps = dict(re.findall(r"^ +(\w+): .*  # (.*)", inspect.getsource(Settings), re.MULTILINE))
     for f in fields(Settings):
-        text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
-        how = {"type": f.type, "metavar": f.type.__name__.upper()}
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
-        parser.add_argument("--" + f.name.replace("_", "-"), **how, help=text)
-    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json, but for --out; flags override them")
-    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
-                        help="go on with a run: its folder or a state file in it; by default the newest in runs/")  # fmt: skip
-    parser.error = lambda message: parser.exit(2, f"ddpo.py: error: {message}; see --help\n")  # one line, not the usage of all
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        text = f"{helps[f.name]} (default: {f.default!r})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.error = lambda message: parser.exit(2, f"ddpo.py: error: {message}; see --help\n")
     flags = vars(parser.parse_args(argv))
-    config, resume = flags.pop("config", None), flags.pop("resume", None)
-    if config and resume is not None:
-        raise UserError("--config starts a new run, --resume goes on with an old one: use one of them")
-    if resume is not None:
-        return reopen(resume, flags)
-    return make_settings({"out": "", **flags} if config else flags, config), None, None  # not into the old run's folder
+    return make_settings(**flags), flags.get("resume")
 
 
-def main(argv=None):
+def launch(settings, folder=None, reward=None, update=update, run_class=Run):
+    """Train a new run, or go on with the one in `folder`; returns the folder. `reward` is a Python
+    function in the place of settings.reward; `update` and `run_class` take the place of ours."""
+    if reward:
+        settings = replace(settings, reward=reward.__name__)
+    prompts = load_prompts(settings.prompts)
+    eval_prompts = load_prompts(settings.eval_prompts or settings.prompts)
+    device = pick_device(settings.device)
+    reward_device = pick_device(settings.reward_device or settings.device)
+    terms = rewards.load_rewards(reward or settings.reward, settings.monitor, reward_device)
+    if taken := {label for label, _, _ in terms} & set(COLUMNS):
+        raise UserError(f"reward {taken.pop()}: metrics.csv has a column of this name; rename it")
+    random_numbers(settings, 0, device)  # seeds the LoRA
+    torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
+    with explained(f"--model {settings.model}: no such pipeline, or one that cannot be trained"):
+        policy = Policy(settings, device)
+    if not policy.conditional:
+        prompts = eval_prompts = [""]
+    run = run_class(settings, policy)
+    if folder and Path(folder, "state.pt").is_file():
+        run.load(Path(folder, "state.pt"))
+    elif settings.init_lora:
+        load_lora(policy.unet, settings.init_lora)
+    folder = Path(folder) if folder else make_run_folder(settings)
+    versions = {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)}
+    with whole_file(folder / "config.json") as tmp:
+        tmp.write_text(json.dumps({**asdict(settings), "made_with": versions}, indent=2) + "\n")
+    weights = sum(weight.numel() for weight in policy.weights)
+    print(f"trains {weights:,} weights of {settings.model} on {device} in {policy.dtype};"
+          f" an epoch is {settings.images_per_epoch} images of {settings.steps} steps,"
+          f" {policy.steps_learned} of them learned from; results go to {folder}", flush=True)
+    try:
+        train(run, terms, prompts, eval_prompts, folder, update)
+        if not settings.lora_rank:
+            with explained(f"cannot write {folder / 'pipeline'}; what was saved before is whole"):
+                policy.pipe.save_pretrained(folder / "pipeline")
+    except (UserError, KeyboardInterrupt, torch.cuda.OutOfMemoryError) as error:
+        why = str(error).partition("\n")[0] or "stopped"
+        how = f"python ddpo.py --resume {shlex.quote(str(folder))}"
+        raise UserError(f"{why}; go on with: {how}") from error.__cause__
+    before = run.log[0]["eval_reward"]
+    after = run.log[-1]["eval_reward"]
+    print(f"reward on the same prompts and noise: {before:.3f} before, {after:.3f} after;"
+          f" see {folder / 'samples'}/epoch_{run.log[-1]['epoch']:04d}.png")
+    return folder
+
+
+def main(argv=None, launch=launch):
     """Run from the command line; a mistake ends in one line and a non-zero status."""
     try:
-        settings, folder, state = parse(argv)
-        launch(settings, folder, state)
+        launch(*parse(argv))
     except UserError as error:
-        sys.exit(f"ddpo.py: error: {error}")
-    except torch.cuda.OutOfMemoryError:
-        micro_batch = settings.micro_batch or f"0 (up to {settings.sample_batch})"
-        knobs = f"--micro-batch {micro_batch}, --sample-batch {settings.sample_batch}, --precision {settings.precision}"
-        more = "" if settings.grad_checkpointing else "; --grad-checkpointing needs less"
-        sys.exit(f"ddpo.py: error: out of GPU memory; present values: {knobs}{more}; what was saved can be resumed")
+        print(f"ddpo.py: error: {error}", file=sys.stderr)
+        if error.__cause__:  # a reward's own code failed: its author wants to see where
+            traceback.print_exception(error.__cause__)
+        sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("\nddpo.py: stopped; nothing had begun")
+        sys.exit("ddpo.py: stopped; nothing had begun")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,67 @@
-"""Before and after, in plain diffusers: the same prompts from the same noise, without and with a trained LoRA.
+"""Before and after, in plain diffusers: the same prompts from the same noise, without and with
+what a run has learned.
 
-    pip install peft        # diffusers needs it to load a LoRA
+    pip install peft   # diffusers needs it to load a LoRA
     python examples/generate.py runs/compressibility --prompts cat "a blue dog" turtle
 
-Images are sampled as in training, with the settings in RUN/config.json. The picture goes to RUN/generated.png, the LoRA's below.
+Images are sampled as in training, with the settings in RUN/config.json. The picture goes to
+RUN/generated.png: above before, below after training.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.utils import make_image_grid
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("run", type=Path, help="folder with config.json and pytorch_lora_weights.safetensors")
-parser.add_argument("--prompts", nargs="+", default=["cat", "dog", "turtle", "shark"])
-parser.add_argument("--seed", type=int, default=0)
-args = parser.parse_args()
-
-config = json.loads((args.run / "config.json").read_text())
-bundled = Path(__file__).parent / config["model"]
-device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = DiffusionPipeline.from_pretrained(bundled if bundled.is_dir() else config["model"]).to(device)
-pipe.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipe.scheduler.config})  # as in training
+from diffusers.utils import logging, make_image_grid
 
 
-def draw():
-    settings = {"num_inference_steps": config["steps"], "guidance_scale": config["guidance_scale"], "eta": config["eta"]}
-    return pipe(args.prompts, generator=torch.Generator(device).manual_seed(args.seed), **settings).images
+def load(model):
+    """A pipeline, with the scheduler that training samples with."""
+    pipe = DiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipe.scheduler.config})
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-before = draw()
-pipe.load_lora_weights(args.run)
-after = draw()
-make_image_grid(before + after, rows=2, cols=len(args.prompts)).save(args.run / "generated.png")
-print(f"saved {args.run / 'generated.png'}")
+def draw(pipe, prompts, seed, config):
+    """A PIL image for each prompt."""
+    generator = torch.Generator(pipe.device).manual_seed(seed)
+    names = {"num_inference_steps": "steps", "guidance_scale": "guidance_scale", "eta": "eta"}
+    settings = {theirs: config[ours] for theirs, ours in names.items()}
+    return pipe(prompts, generator=generator, **settings).images
+
+
+def main():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("run", type=Path, help="folder that ddpo.py has left")
+    parser.add_argument("--prompts", nargs="+", default=["cat", "dog", "turtle", "shark"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = json.loads((args.run / "config.json").read_text())
+        bundled = Path(__file__).parent / "emoji-diffusion"
+        pipe = load(bundled if config["model"] == bundled.name else config["model"])
+        if not hasattr(pipe, "tokenizer"):
+            raise ValueError(f"{config['model']} draws without prompts")
+        before = draw(pipe, args.prompts, args.seed, config)
+        if (args.run / "pipeline").is_dir():  # the whole UNet was trained
+            pipe = load(args.run / "pipeline")
+        else:
+            pipe.load_lora_weights(args.run, weight_name="pytorch_lora_weights.safetensors")
+        after = draw(pipe, args.prompts, args.seed, config)
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"generate.py: error: cannot draw {args.run} ({why})")
+    picture = make_image_grid(before + after, rows=2, cols=len(args.prompts))
+    picture.save(args.run / "generated.png")
+    print(f"saved {args.run / 'generated.png'}")
+
+
+if __name__ == "__main__":
+    main()

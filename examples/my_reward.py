@@ -1,9 +1,9 @@
-"""A reward of one's own is a function of images (B, 3, H, W) in [0, 1] and their B prompts that returns B numbers, the higher
-the better. Nothing needs a gradient. To train on this one:
+"""A reward of one's own is a function of images (B, 3, H, W) in [0, 1] and their B prompts that
+returns B numbers, the higher the better. Nothing needs a gradient. To train on this one:
 
     python ddpo.py --reward examples/my_reward.py:redness
 
-Or with a weight, beside others: --reward "10*examples/my_reward.py:redness + 0.1*compressibility"
+Or with a weight: --reward "10*examples/my_reward.py:redness + 0.1*compressibility"
 """
 
 

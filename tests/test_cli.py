@@ -1,7 +1,9 @@
-"""Proves that the command line takes every setting, that what it prints is true, and that a mistake costs nothing: each ends
-with one line that names the thing, a status that is not 0, and neither a picture sampled nor a file written."""
+"""Proves that the command line takes every setting, that what it prints is true, and that a mistake
+costs nothing: each ends with one line that names the thing, a status that is not 0, and neither a
+picture sampled nor a file written."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -12,99 +14,202 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import failure, flags, read_metrics, save_tiny_pipeline
+from diffusers.models import modeling_utils
+from diffusers.pipelines import pipeline_utils
+from safetensors.torch import load_file, save_file
 
 import ddpo
-import rewards
-
-
-def failure(capsys, *argv):
-    """The message with which `main` ends."""
-    with pytest.raises(SystemExit) as end:
-        ddpo.main([str(a) for a in argv])
-    err = capsys.readouterr().err + (end.value.code if isinstance(end.value.code, str) else "")
-    assert end.value.code not in (0, None)
-    assert err.count("error:") == 1 and "Traceback" not in err
-    return err[err.index("ddpo.py: error:") :].removesuffix("\n")
 
 
 @pytest.fixture
 def nothing_happens(tmp_path, monkeypatch):
     """An empty folder to stand in, which must stay empty, and a sampler that must not be called."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(ddpo, "rollout", lambda *a, **k: pytest.fail("sampled before the mistake was found"))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    message = "sampled before the mistake was found"
+    monkeypatch.setattr(ddpo, "rollout", lambda *args: pytest.fail(message))
     yield tmp_path
-    assert list((tmp_path / "here").iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
-def test_what_argparse_finds_is_one_line_too(capsys):
-    assert "\n" not in failure(capsys, "--no-such-flag", 1)
-    with pytest.raises(SystemExit, match="2"):
-        ddpo.main(["--epochs", "many"])
-    assert capsys.readouterr().err == "ddpo.py: error: argument --epochs: invalid int value: 'many'; see --help\n"
+# ---------------------------------------------------- flags
 
 
 MISTAKES = [
     ("--no-such-flag 1", "--no-such-flag"),
     ("--epoch 3", "--epoch"),  # no abbreviations: a typing error must not set something else
+    ("--resume", "--resume: expected one argument"),
     ("--lr fast", "--lr.*'fast'"),
-    ("--lr -1", "--lr must be more than 0"),
-    ("--lr nan", "--lr must be a finite number"),
-    ("--lr inf", "--lr must be a finite number"),
-    ("--eta 0", "--eta must be more than 0"),
-    ("--eta 1.5", "--eta must be at most 1, not 1.5"),
-    ("--train-steps-fraction 1.5", "--train-steps-fraction must be at most 1, not 1.5"),
-    ("--epochs 0", "--epochs must be at least 1"),
-    ("--epochs -2", "--epochs must be at least 1"),
+    ("--lr -1", "lr must be at least 0"),
+    ("--lr nan", "lr must be .*finite, not nan"),
+    ("--lr inf", "lr must be .*finite, not inf"),
+    ("--eta 0", "no step adds noise to learn from"),
+    ("--eta 1.5", "eta .*must be at most 1"),
+    ("--train-steps-fraction 1.5", "train_steps_fraction must be at most 1"),
+    ("--epochs 0", "epochs must be at least 1"),
+    ("--epochs -2", "epochs must be at least 1"),
     ("--epochs 1.5", "--epochs.*'1.5'"),
-    ("--guidance-scale -1", "--guidance-scale must be at least 0"),
-    ("--precision fp8", "--precision must be one of auto, fp32, bf16, fp16"),
-    ("--objective ppo", "--objective must be one of clipped, reinforce"),
+    ("--images-per-epoch 1", "images_per_epoch must be at least 2"),
+    ("--stats-buffer 1", "stats_buffer must be at least 2"),
+    ("--guidance-scale -1", "guidance_scale must be at least 0"),
+    ("--precision fp8", "precision: auto, fp32, bf16, fp16"),
+    ("--objective ppo", "objective: clipped or reinforce"),
     ("--objective reinforce --updates-per-epoch 4", "--updates-per-epoch 1"),
-    ("--images-per-epoch 10 --updates-per-epoch 4", "--images-per-epoch.* multiple of --updates-per-epoch"),
+    ("--images-per-epoch 10 --updates-per-epoch 4", "images_per_epoch must be a multiple of 4"),
+    ("--images-per-epoch 8 --samples-per-prompt 3", "images_per_epoch must be a multiple of 3"),
     ("--reward beauty", "--reward beauty.*compressibility, incompressibility"),
-    ("--device tpu", "--device tpu: not on this machine; it has.*cpu"),
-    ("--reward-device tpu", "--reward-device tpu: not on this machine; it has.*cpu"),
-    ("--monitor beauty", "--monitor beauty: unknown; choose from compressibility, incompressibility"),
-    ("--steps 1001", "--steps 1001: the model knows 1000 timesteps"),
-    ("--prompts gone.txt", "--prompts gone.txt"),
-    ("--prompts .", "--prompts .: neither one of activities, animals, imagenet nor a readable text file"),
+    ("--monitor beauty", "--monitor beauty.*compressibility, incompressibility"),
+    ("--device tpu", "device tpu: not on this machine, which has (cpu|cuda|mps)"),
+    ("--reward-device tpu", "device tpu: not on this machine, which has (cpu|cuda|mps)"),
+    ("--steps 1001", "1001 cannot be larger than .* 1000"),
+    ("--prompts gone.txt", "--prompts gone.txt: not animals.*nor a text file"),
+    ("--prompts .", "--prompts .: not animals, activities, imagenet, nor a text file"),
 ]
 
 
-@pytest.mark.parametrize("flags, message", MISTAKES, ids=[flags for flags, _ in MISTAKES])
-def test_a_mistake_costs_nothing(flags, message, tiny_model, capsys, nothing_happens):
-    line = failure(capsys, "--model", tiny_model, *flags.split())
-    assert re.search(message, line) and "\n" not in line
+@pytest.mark.parametrize("argv, message", MISTAKES, ids=[argv for argv, _ in MISTAKES])
+def test_a_mistake_costs_nothing(argv, message, tiny_model, capsys, nothing_happens):
+    assert re.search(message, failure(capsys, "--model", tiny_model, *argv.split()))
 
 
-@pytest.mark.parametrize("content, message", [(b"\n  \n\n", "holds no prompt"), (b"\xff\xfe\x00cat", "readable text file")])
+def test_help_has_every_setting_with_its_comment_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as end:
+        ddpo.parse(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    lines = inspect.getsource(ddpo.Settings).splitlines()
+    for f in dataclasses.fields(ddpo.Settings):
+        (line,) = [line for line in lines if line.startswith(f"    {f.name}: ")]
+        _, comment = line.split("  # ")
+        assert 0 < len(comment) <= 55, "long ones wrap in a terminal of 80 columns"
+        name = f.name.replace("_", "-")
+        flag = f"--{name}, --no-{name}" if f.type is bool else f"--{name} {f.name.upper()}"
+        shown = re.search(rf"^  {flag}\s+(.*)$", text, re.MULTILINE)
+        assert shown and shown[1] == f"{comment} (default: {f.default!r})", f.name
+
+
+def test_every_flag_arrives():
+    given = {
+        "objective": "clipped",
+        "precision": "bf16",
+        "seed": 3,
+        "eta": 0.5,
+        "init_lora": "",
+        "train_steps_fraction": 0.5,
+    }
+    for f in dataclasses.fields(ddpo.Settings):
+        others = {str: f"some-{f.name}", bool: True}
+        given.setdefault(f.name, others.get(f.type) or f.default * 2 or 1)
+    argv = []
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        argv.append(flag if value is True else f"{flag}={value}")
+    assert dataclasses.asdict(ddpo.parse(argv)[0]) == given
+
+
+def test_whole_numbers_are_floats_too_and_settings_stay_as_they_are():
+    settings, folder = ddpo.parse(["--lr", "1", "--eta", "1"])
+    assert (settings.lr, settings.eta) == (1.0, 1.0) and type(settings.lr) is float
+    assert folder is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.lr = 2.0
+
+
+def test_settings_from_python_are_those_of_the_command_line():
+    """The bundled model's own defaults are among them."""
+    settings = ddpo.make_settings()
+    assert settings == ddpo.parse([])[0]
+    own = json.loads((ddpo.EXAMPLES / "emoji-diffusion/ddpo.json").read_text())
+    assert dataclasses.asdict(settings) == {**dataclasses.asdict(ddpo.Settings()), **own}
+    argv = ["--objective", "reinforce", "--lora-rank", "0", "--steps", "7"]
+    asked = ddpo.make_settings(objective="reinforce", lora_rank=0, steps=7)
+    assert asked == ddpo.parse(argv)[0]
+    assert (asked.updates_per_epoch, asked.lr, asked.steps) == (1, 1e-5, 7)
+
+
+# ---------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\n  \n\n", "holds no prompt"),
+    (b"\xff\xfe\x00cat", "nor a text file"),
+])  # fmt: skip
 def test_a_prompt_file_of_no_use(content, message, tiny_model, capsys, nothing_happens):
     path = nothing_happens / "prompts.txt"
     path.write_bytes(content)
     line = failure(capsys, "--model", tiny_model, "--prompts", path)
-    assert f"--prompts {path}" in line and message in line and "\n" not in line
+    assert f"--prompts {path}" in line and message in line
 
 
-@pytest.mark.parametrize(
-    "index, message",
-    [
-        (None, "no such folder"),
-        ({}, "no complete pipeline"),
-        ({"model_index.json": "not json"}, "no complete pipeline"),
-        ({"model_index.json": '{"_class_name": "FluxPipeline"}'}, "is a FluxPipeline; what works: StableDiffusionPipeline, "),
-        ({"model_index.json": '{"_class_name": "StableDiffusionPipeline", "unet": [1, 2]}'}, "no complete pipeline"),
-    ],
-    ids=["no folder", "empty folder", "not json", "another pipeline", "half a pipeline"],
-)
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# from an editor that writes one\ncat\n", encoding="utf-8-sig")
+    assert ddpo.load_prompts(path) == ["cat"]
+
+
+# ---------------------------------------------------- models
+
+
+HALF = '{"_class_name": "StableDiffusionPipeline", "unet": [1, 2]}'
+FLUX = '{"_class_name": "FluxPipeline"}'
+
+
+@pytest.mark.parametrize("index, message", [
+    pytest.param(None, "no such pipeline", id="no folder"),
+    pytest.param("", "no such pipeline", id="empty folder"),
+    pytest.param("not json", "no such pipeline", id="not json"),
+    pytest.param(HALF, "no such pipeline", id="half a pipeline"),
+    pytest.param(FLUX, "is a FluxPipeline; what works: StableDiffusionPipeline, ", id="another"),
+])  # fmt: skip
 def test_a_model_folder_of_no_use(index, message, capsys, nothing_happens):
     folder = nothing_happens / "model"
     if index is not None:
         folder.mkdir()
-        for name, text in index.items():
-            (folder / name).write_text(text)
+    if index:
+        (folder / "model_index.json").write_text(index)
     line = failure(capsys, "--model", folder)
-    assert f"--model {folder}" in line and message in line and "\n" not in line
+    assert f"--model {folder}" in line and message in line
+
+
+def without_tokenizer(folder):
+    shutil.rmtree(folder / "tokenizer")
+
+
+def without_vocabulary(folder):
+    (folder / "tokenizer/tokenizer.json").unlink()
+
+
+def without_sample_size(folder):
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": None}))
+
+
+def without_a_tensor(folder):
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_norm_out.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("damage, accelerate", [
+    (without_tokenizer, True),
+    (without_vocabulary, True),
+    (without_sample_size, True),
+    (without_a_tensor, True),
+    (without_a_tensor, False),
+])  # fmt: skip
+def test_an_incomplete_model(damage, accelerate, tiny_model, capsys, nothing_happens, monkeypatch):
+    """Without accelerate diffusers builds a model first and then loads its weights, so that what
+    is missing could stay random."""
+    for module in (modeling_utils, pipeline_utils):
+        if not accelerate:
+            monkeypatch.setattr(module, "_LOW_CPU_MEM_USAGE_DEFAULT", False)
+    folder = shutil.copytree(tiny_model, nothing_happens / "model")
+    damage(folder)
+    assert f"--model {folder}: " in failure(capsys, "--model", folder)
 
 
 def test_a_hub_that_does_not_answer(capsys, nothing_happens, monkeypatch):
@@ -113,7 +218,17 @@ def test_a_hub_that_does_not_answer(capsys, nothing_happens, monkeypatch):
 
     monkeypatch.setattr(ddpo.DiffusionPipeline, "load_config", load_config)
     line = failure(capsys, "--model", "someone/something")
-    assert "--model someone/something" in line and "couldn't connect" in line and "\n" not in line
+    assert "--model someone/something" in line and "couldn't connect" in line
+
+
+def test_the_model_brings_its_own_defaults_and_flags_override_them(tmp_path):
+    own = {"steps": 7, "lr": 1, "updates_per_epoch": 2}
+    (tmp_path / "ddpo.json").write_text(json.dumps(own))
+    settings = ddpo.make_settings(model=str(tmp_path), steps=9)
+    assert (settings.steps, settings.lr, settings.updates_per_epoch) == (9, 1.0, 2)
+    assert settings.eta == ddpo.Settings.eta
+    settings = ddpo.make_settings(model=str(tmp_path), objective="reinforce")
+    assert settings.updates_per_epoch == 1  # its 2 is for clipped
 
 
 @pytest.mark.parametrize("text", ["{not json", '{"step": 7}', '{"steps": "many"}', "[1]"])
@@ -122,7 +237,34 @@ def test_a_broken_ddpo_json(text, capsys, nothing_happens):
     folder.mkdir()
     (folder / "ddpo.json").write_text(text)
     line = failure(capsys, "--model", folder)
-    assert re.search("ddpo.json|steps", line) and "\n" not in line
+    assert str(folder / "ddpo.json") in line and ("step" in text) <= ("step" in line)
+
+
+THEIRS = """import os
+os.mkdir({hit!r})
+def bright(images, prompts):
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.mark.parametrize("name", ["reward", "monitor", "out"])
+def test_a_ddpo_json_names_no_code_and_no_folder(name, tmp_path, capsys, nothing_happens):
+    """A model may be somebody else's. What it names counts once it is named as a flag."""
+    hit = tmp_path / "hit"
+    file = tmp_path / "theirs.py"
+    file.write_text(THEIRS.format(hit=str(hit)))
+    value = str(tmp_path / "run") if name == "out" else f"{file}:bright"
+    model = save_tiny_pipeline(tmp_path / "model")
+    (model / "ddpo.json").write_text(json.dumps({name: value, "steps": 3}))
+    line = failure(capsys, "--model", model)
+    again = f"--{name} {value}"
+    assert f"{model / 'ddpo.json'} cannot decide the {name}; if you trust it, add {again}" in line
+    assert not hit.exists() and not (tmp_path / "run").exists()
+    settings, _ = ddpo.parse(["--model", str(model), *again.split()])
+    assert getattr(settings, name) == value and settings.steps == 3
+
+
+# ---------------------------------------------------- folders
 
 
 def test_a_run_is_never_written_over(tiny_model, capsys, nothing_happens):
@@ -130,122 +272,139 @@ def test_a_run_is_never_written_over(tiny_model, capsys, nothing_happens):
     run.mkdir()
     (run / "config.json").write_text("mine")
     line = failure(capsys, "--model", tiny_model, "--out", run)
-    assert f"--out {run}" in line and "\n" not in line
-    assert [p.name for p in run.iterdir()] == ["config.json"] and (run / "config.json").read_text() == "mine"
+    assert f"--out {run}" in line and f"--resume {run}" in line
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+    assert (run / "config.json").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_written(tiny_model, capsys, nothing_happens):
-    (nothing_happens / "file").write_text("")
-    line = failure(capsys, "--model", tiny_model, "--out", nothing_happens / "file")
-    assert f"--out {nothing_happens / 'file'}" in line and "\n" not in line
+    path = nothing_happens / "file"
+    path.write_text("")
+    assert f"--out {path}" in failure(capsys, "--model", tiny_model, "--out", path)
 
 
-BAD_REWARDS = {
-    "nan": (lambda images, prompts: [float("nan") if p == "bee" else 0.0 for p in prompts], "nan for the prompt 'bee'"),
-    "one number": (lambda images, prompts: images.mean(), r"shape \(\) for \d+ images"),
-    "a column": (lambda images, prompts: images.mean((1, 2, 3))[:, None], r"shape \(\d+, 1\) for \d+ images"),
-}
+def test_stopped_before_anything_began(tiny_model, capsys, nothing_happens, monkeypatch):
+    def stop(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ddpo, "pick_device", stop)
+    assert failure(capsys, "--model", tiny_model) == "ddpo.py: stopped; nothing had begun"
 
 
-@pytest.mark.parametrize("name", BAD_REWARDS)
-def test_a_reward_that_breaks_its_contract(name, tiny_model, tmp_path, capsys, monkeypatch):
-    function, message = BAD_REWARDS[name]
-    monkeypatch.setitem(rewards.REWARDS, "mine", function)
-    (tmp_path / "prompts.txt").write_text("cat\nbee\n")
-    flags = f"--reward mine --prompts {tmp_path / 'prompts.txt'} --out {tmp_path / 'run'} --steps 2 --device cpu"
-    line = failure(capsys, "--model", tiny_model, *flags.split())
-    assert re.search(f"reward mine returned {message}", line) and "\n" not in line
+# ---------------------------------------------------- rewards, and numbers that are none
 
 
-def test_the_scorer_is_not_far_behind(tiny_model, tmp_path, capsys, monkeypatch):
-    """What fails, or is stopped, in the first batch ends before a fourth one is sampled."""
-    sampled, rollout = [], ddpo.rollout
-    monkeypatch.setattr(ddpo, "rollout", lambda *args: sampled.append(len(args[1])) or rollout(*args))
-    monkeypatch.setitem(rewards.REWARDS, "wrong", lambda images, prompts: torch.ones(2, 3) @ torch.ones(2, 3))
-    flags = f"--reward wrong --out {tmp_path / 'run'} --steps 2 --device cpu --sample-batch 2 --eval-images 20"
-    line = failure(capsys, "--model", tiny_model, *flags.split())
-    assert 1 <= len(sampled) <= 3 and set(sampled) == {2}
-    assert "reward wrong failed at 'cat': RuntimeError" in line and "test_cli.py, line" in line  # ours, not one of torch's
+MINE = """import sys
+import torch
+
+def nan_for_bees(images, prompts):
+    return [float("nan") if prompt == "bee" else 0.0 for prompt in prompts]
+
+def one_number(images, prompts):
+    return images.mean()
+
+def column(images, prompts):
+    return images.mean((1, 2, 3))[:, None]
+
+def wrong(images, prompts):
+    return torch.ones(2, 3) @ torch.ones(2, 3)
+
+def leaves(images, prompts):
+    sys.exit(0)
+
+def {name}(images, prompts):
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A file of rewards of one's own."""
+    path = tmp_path / "mine.py"
+    path.write_text(MINE.format(name="bright"))
+    return path
+
+
+@pytest.fixture
+def bees(tiny_model, tmp_path):
+    """The command line of a run on two prompts."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\nbee\n")
+    return flags(tiny_model, prompts=prompts, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("reward, message", [
+    ("{mine}:nan_for_bees", "reward nan_for_bees is not finite for 'bee'"),
+    ("{mine}:one_number", r"reward one_number returned shape \(\); it must be \(3,\)"),
+    ("{mine}:column", r"reward column returned shape \(3, 1\); it must be \(3,\)"),
+    ("1e39*compressibility", r"1e\+39 \* reward compressibility is not finite for 'cat'"),
+])  # fmt: skip
+def test_a_reward_without_a_number_for_each(reward, message, mine, bees, tmp_path, capsys):
+    """The line says how to go on, too."""
+    line = failure(capsys, *bees, "--reward", reward.format(mine=mine))
+    assert re.search(message, line)
+    assert line.endswith(f"; go on with: python ddpo.py --resume {tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize("name, last", [("wrong", "RuntimeError:"), ("leaves", "SystemExit: 0")])
+def test_a_reward_that_fails_shows_where(name, last, mine, bees, tmp_path, capsys):
+    """One line as ever, then the traceback of its own code; and leaving is failing."""
+    with pytest.raises(SystemExit) as end:
+        ddpo.main([*bees, "--reward", f"{mine}:{name}"])
+    assert end.value.code == 1
+    line, *trace = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ddpo.py: error: reward {name} failed at the prompt 'cat'; go on with:")
+    assert trace[0].startswith("Traceback") and trace[-1].startswith(last)
+    assert any(f'File "{mine}", line' in entry for entry in trace)
+    assert "During handling" not in "".join(trace)
 
 
 @pytest.mark.parametrize("column", ["epoch", "reward_mean", "diversity"])
-def test_a_reward_with_the_name_of_a_column(column, tiny_model, capsys, nothing_happens):
+def test_a_reward_with_the_name_of_a_column(column, mine, tiny_model, capsys, nothing_happens):
     """It would be written over, or write over it."""
-    path = nothing_happens / "mine.py"
-    path.write_text(f"def {column}(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    line = failure(capsys, "--model", tiny_model, "--monitor", f"{path}:{column}")
-    assert f"the reward {column} has the name of a column of metrics.csv" in line and "\n" not in line
+    mine.write_text(MINE.format(name=column))
+    line = failure(capsys, "--model", tiny_model, "--monitor", f"{mine}:{column}")
+    assert f"reward {column}: metrics.csv has a column of this name; rename it" in line
 
 
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
-    (tmp_path / "prompts.txt").write_text("# from an editor that writes one\ncat\n", encoding="utf-8-sig")
-    assert ddpo.load_prompts(tmp_path / "prompts.txt") == ["cat"]
+def test_weights_that_are_not_numbers(tiny_model, tmp_path, capsys):
+    """Their pictures would be black, which is a small JPEG."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+    line = failure(capsys, *flags(folder, out=tmp_path / "run"))
+    assert "samples are not finite: damaged weights" in line
+    assert not list(tmp_path.rglob("*.png"))
 
 
-def test_a_model_without_a_sample_size(tiny_model, capsys, nothing_happens):
-    folder = shutil.copytree(tiny_model, nothing_happens / "model")
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps({**config, "sample_size": None}))
-    line = failure(capsys, "--model", folder)
-    assert "its UNet's config has no sample_size" in line and "\n" not in line
+# ---------------------------------------------------- as a script
 
 
-def test_every_setting_is_a_flag_and_help_tells_its_default(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")
-    with pytest.raises(SystemExit) as end:
-        ddpo.parse(["--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    for f in dataclasses.fields(ddpo.Settings):
-        flag = f.name.replace("_", "-")
-        flag = f"--{flag}, --no-{flag}" if f.type is bool else f"--{flag} {f.type.__name__.upper()}"
-        shown = re.search(rf"^  {flag}\s+(.*)$", text, re.MULTILINE)
-        assert shown and shown[1] == f"{f.metadata['help']} (default: {f.default!r})", f.name
-
-
-def test_every_flag_arrives():
-    given = {"objective": "clipped", "precision": "bf16", "seed": 3, "eta": 0.5, "init_lora": "", "train_steps_fraction": 0.5}
-    for f in dataclasses.fields(ddpo.Settings):
-        given.setdefault(f.name, {str: f"some-{f.name}", bool: True}.get(f.type) or f.default * 2 or 1)
-    argv = ["--" + name.replace("_", "-") + (f"={value}" if value is not True else "") for name, value in given.items()]
-    assert dataclasses.asdict(ddpo.parse(argv)[0]) == given
-
-
-def test_a_whole_number_is_a_float_too():
-    settings = ddpo.parse(["--lr", "1", "--eta", "1"])[0]
-    assert (settings.lr, settings.eta) == (1.0, 1.0) and type(settings.lr) is float
-    assert type(ddpo.Settings(lr=1).lr) is float
-
-
-def test_settings_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ddpo.parse([])[0].lr = 1.0
-
-
-def test_the_model_brings_its_own_defaults_and_flags_override_them(tmp_path):
-    (tmp_path / "ddpo.json").write_text(json.dumps({"steps": 7, "lr": 1, "updates_per_epoch": 2}))
-    settings = ddpo.parse(["--model", str(tmp_path), "--steps", "9"])[0]
-    assert (settings.steps, settings.lr, settings.updates_per_epoch) == (9, 1.0, 2)
-    assert settings.eta == ddpo.Settings.eta
-    assert ddpo.parse(["--model", str(tmp_path), "--objective", "reinforce"])[0].updates_per_epoch == 1  # its 2 is for clipped
-
-
-def run_script(*argv, cwd):
-    command, env = [sys.executable, Path(ddpo.__file__).resolve(), *argv], {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_as_a_script_a_mistake_is_one_line_and_a_status(tiny_model, tmp_path):
-    done = run_script("--model", tiny_model, "--reward", "beauty", cwd=tmp_path)
-    assert done.returncode not in (0, None) and done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert errors == [done.stderr.splitlines()[-1]] and "beauty" in errors[0] and "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_as_a_script_it_trains(tiny_model, tmp_path):
-    flags = "--epochs 1 --steps 2 --images-per-epoch 4 --eval-images 2 --device cpu"
-    done = run_script("--model", tiny_model, *flags.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/compressibility/pytorch_lora_weights.safetensors").exists()
-    assert "8 (image, step) pairs, 4 updates" in done.stdout and "same prompts and noise" in done.stdout
+def test_as_a_script(tiny_model, tmp_path):
+    """It trains, until the reward leaves in the evaluation at the end; nothing but that is on
+    stderr, and the status is not the reward's."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("""import sys
+calls = []
+def leaves(images, prompts):
+    calls.append(prompts)
+    if len(calls) == 3:
+        sys.exit(0)
+    return images.mean((1, 2, 3))
+""")
+    argv = flags(tiny_model, reward=f"{mine}:leaves", epochs=1, images_per_epoch=2)
+    command = [sys.executable, Path(ddpo.__file__).resolve(), *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=120, check=False, **how)
+    assert done.returncode == 1, done.stderr
+    said, epoch = done.stdout.splitlines()
+    assert said.startswith("trains ") and epoch.startswith("epoch 1/1  reward 0.")
+    (run,) = (tmp_path / "runs").iterdir()
+    line, *trace = done.stderr.splitlines()
+    assert line.endswith(f"go on with: python ddpo.py --resume {run.relative_to(tmp_path)}")
+    assert line.startswith("ddpo.py: error: reward leaves failed at the prompt 'cat'; ")
+    assert trace[0].startswith("Traceback") and trace[-1] == "SystemExit: 0"
+    assert len(read_metrics(run)) == 2 and (run / "state.pt").is_file()

@@ -1,8 +1,8 @@
-"""Proves that both objectives follow the gradient of the expected reward, by comparing them with closed forms, and that
-the clip stops a pair only once its ratio has left the range in the direction that its advantage favours."""
+"""Proves that both objectives follow the gradient of the expected reward, by comparing them with
+closed forms, and that the clip stops a pair only once its ratio has left the range in the direction
+that its advantage favours."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +17,10 @@ def test_at_the_old_parameters_both_objectives_have_the_same_gradient():
     generator = torch.Generator().manual_seed(0)
     logp, adv = torch.randn(2, 50, generator=generator)
     logp.requires_grad_()
-    (clipped,) = torch.autograd.grad(clipped_loss(logp, logp.detach(), adv, 1e-4).sum(), logp)
-    (reinforce,) = torch.autograd.grad(reinforce_loss(logp, adv).sum(), logp)
-    assert torch.equal(clipped, reinforce) and torch.equal(clipped, -adv)
+    clipped = clipped_loss(logp, logp.detach(), adv, 1e-4).sum()
+    reinforce = reinforce_loss(logp, adv).sum()
+    assert torch.equal(torch.autograd.grad(clipped, logp)[0], -adv)
+    assert torch.equal(torch.autograd.grad(reinforce, logp)[0], -adv)
 
 
 @pytest.mark.parametrize(
@@ -36,27 +37,38 @@ def test_at_the_old_parameters_both_objectives_have_the_same_gradient():
 )
 def test_clip_cuts_only_what_the_advantage_already_favours(adv, ratio, loss, pulls):
     logp = torch.tensor([-1.0 + math.log(ratio)], requires_grad=True)
-    value = clipped_loss(logp, torch.tensor([-1.0]), torch.tensor([adv]), clip_range=0.1)
+    logp_old = torch.tensor([-1.0])
+    value = clipped_loss(logp, logp_old, torch.tensor([adv]), clip_range=0.1)
     value.sum().backward()
     assert value.item() == pytest.approx(loss, abs=1e-6)
     assert logp.grad.item() == pytest.approx(-adv * ratio if pulls else 0, abs=1e-6)
 
 
-# A policy N(theta, STD^2) with the reward -(x - GOAL)^2 expects -(theta - GOAL)^2 - STD^2, whose gradient is -2 (theta - GOAL).
-THETA, STD, GOAL = 0.3, 0.7, 1.0
+# A policy N(theta, STD^2) with the reward -(x - GOAL)^2 expects -(theta - GOAL)^2 - STD^2, whose
+# gradient is -2 (theta - GOAL).
+THETA = 0.3
+STD = 0.7
+GOAL = 1.0
 
 
 def gaussian_gradient(objective, theta_old, n=200_000):
     """Mean and standard error of the gradient that samples from theta_old give at THETA."""
     x = theta_old + STD * torch.randn(n, generator=torch.Generator().manual_seed(0))
-    theta = torch.full((n,), THETA, requires_grad=True)  # a copy for each sample, to see each one's gradient
-    logp, logp_old, reward = Normal(theta, STD).log_prob(x), Normal(theta_old, STD).log_prob(x), -((x - GOAL) ** 2)
-    loss = clipped_loss(logp, logp_old, reward, clip_range=1e6) if objective == "clipped" else reinforce_loss(logp, reward)
+    theta = torch.full((n,), THETA, requires_grad=True)  # one each, to see each sample's gradient
+    logp = Normal(theta, STD).log_prob(x)
+    logp_old = Normal(theta_old, STD).log_prob(x)
+    reward = -((x - GOAL) ** 2)
+    if objective == "clipped":
+        loss = clipped_loss(logp, logp_old, reward, clip_range=1e6)
+    else:
+        loss = reinforce_loss(logp, reward)
     (grad,) = torch.autograd.grad(-loss.sum(), theta)
     return grad.mean().item(), grad.std().item() / n**0.5
 
 
-@pytest.mark.parametrize("objective, theta_old", [("clipped", THETA), ("clipped", THETA - 0.4), ("reinforce", THETA)])
+@pytest.mark.parametrize(
+    "objective, theta_old", [("clipped", THETA), ("clipped", THETA - 0.4), ("reinforce", THETA)]
+)
 def test_gradient_is_unbiased(objective, theta_old):
     mean, error = gaussian_gradient(objective, theta_old)
     assert abs(mean - -2 * (THETA - GOAL)) < 4 * error < 0.1
@@ -72,43 +84,58 @@ class OneNumberPolicy:
     """Denoises a single pixel, and always believes that the clean one is theta."""
 
     def __init__(self, steps_learned):
+        config = {"clip_sample": False, "prediction_type": "sample"}
         last_step_is_random = {"set_alpha_to_one": False, "steps_offset": 1}
-        self.scheduler = DDIMScheduler(6, 0.2, 0.5, clip_sample=False, prediction_type="sample", **last_step_is_random)
+        self.scheduler = DDIMScheduler(6, 0.2, 0.5, **config, **last_step_is_random)
         self.scheduler.set_timesteps(3)
-        self.trained_steps, self.steps_learned = torch.arange(3), steps_learned
-        self.device, self.latent_shape, self.clip_range, self.micro_batch = torch.device("cpu"), (1, 1, 1), 0.1, 9999
+        self.eta = 1.0
+        self.trained_steps = torch.arange(3)
+        self.steps_learned = steps_learned
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.latent_shape = (1, 1, 1)
+        self.clip_range = 0.1
+        self.micro_batch = 9999
         self.weights = [torch.tensor([THETA], requires_grad=True)]
 
     def encode(self, prompts):
-        return torch.zeros(len(prompts), 2, 1, 1)
+        return torch.zeros(len(prompts), dtype=torch.long)
 
     def predict(self, x_t, t, cond):
         return self.weights[0].expand_as(x_t)
 
     def expected_x_0(self, theta):
-        """x_0 is linear in the noise, so its mean is the path without noise: diffusers' steps from 0."""
+        """x_0 is linear in the noise, so its mean is the path without noise: diffusers' steps from
+        0."""
         x = torch.zeros(1)
-        for t in self.scheduler.timesteps:
-            x = self.scheduler.step(torch.tensor([theta]), int(t), x, 1.0, variance_noise=torch.zeros(1))[0]
+        none = torch.zeros(1)
+        for t in self.scheduler.timesteps.tolist():
+            output = torch.tensor([theta])
+            x = self.scheduler.step(output, t, x, self.eta, variance_noise=none).prev_sample
         return x.item()
 
 
-@pytest.mark.parametrize("objective, steps_learned", [("clipped", 3), ("reinforce", 3), ("clipped", 2)])
+@pytest.mark.parametrize(
+    "objective, steps_learned", [("clipped", 3), ("reinforce", 3), ("clipped", 2)]
+)
 def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective, steps_learned):
-    """The whole chain, sampled by `rollout` and learned from by `update`, against the closed form: the mean of x_0 is linear
-    in theta and its variance does not depend on it. `update` averages over the steps, so it gives a T-th of the
-    gradient, also if it learns from some of them only."""
-    settings = SimpleNamespace(eta=1.0, updates_per_epoch=1, objective=objective, kl_coef=0.0, grad_clip=1e9, adv_min=0.0)
-    generator, grads = torch.Generator().manual_seed(0), []
+    """The whole chain, sampled by `rollout` and learned from by `update`, against the closed form:
+    the mean of x_0 is linear in theta and its variance does not depend on it. `update` averages
+    over the steps, so it gives a T-th of the gradient, also if it learns from some of them only."""
+    settings = ddpo.Settings(objective=objective, updates_per_epoch=1, grad_clip=1e9)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [""] * 4000
+    grads = []
     for _ in range(50):
         policy = OneNumberPolicy(steps_learned)
-        x, logp = ddpo.rollout(policy, [""] * 4000, settings.eta, generator)
+        x, logp = ddpo.rollout(policy, prompts, generator)
         reward = -((x[:, -1].flatten() - GOAL) ** 2)
-        sgd, scaler = torch.optim.SGD(policy.weights, lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
-        run = SimpleNamespace(policy=policy, settings=settings, optimizer=sgd, scaler=scaler)
-        ddpo.update(run, (x, logp, policy.encode([""] * 4000), reward), generator)
-        grads.append(policy.weights[0].item() - THETA)  # what gradient ascent with a learning rate of 1 added
-    at, slope = policy.expected_x_0(THETA), policy.expected_x_0(1.0) - policy.expected_x_0(0.0)
+        run = ddpo.Run(settings, policy)
+        run.optimizer = torch.optim.SGD(policy.weights, lr=1.0)
+        ddpo.update(run, (x, logp, policy.encode(prompts), reward), generator)
+        grads.append(policy.weights[0].item() - THETA)  # what gradient ascent at rate 1 added
+    at = policy.expected_x_0(THETA)
+    slope = policy.expected_x_0(1.0) - policy.expected_x_0(0.0)
     expected = -2 * (at - GOAL) * slope / len(policy.scheduler.timesteps)
     grads = torch.tensor(grads)
     error = grads.std().item() / len(grads) ** 0.5

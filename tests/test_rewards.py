@@ -1,10 +1,12 @@
-"""Proves that each reward is what it says: the JPEG's size is the file's, CLIP scores are CLIP's logits, the aesthetic head is
-the network it was trained as, BERTScore is the bert-score package's, a judge's Yes and No are the tokens that its template
-asks for. All of them, loaded from tiny checkpoints, give an image the same score alone and in any batch. And that a mix is
-read as written, or refused in one line that says where and why."""
+"""Proves that each reward is what it says: the JPEG's size is the file's, CLIP scores are CLIP's
+logits, the aesthetic head is the network it was trained as, BERTScore is the bert-score package's,
+a judge's Yes and No are the tokens that its template asks for. All of them, loaded from tiny
+checkpoints, give an image the same score alone and in any batch. And that a mix is read as written,
+or refused in one line that says where and why."""
 
 import re
 import shutil
+import traceback
 from pathlib import Path
 
 import huggingface_hub
@@ -19,13 +21,16 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 
 import rewards
 
-PROMPTS = ["cat", "a big dog playing chess", "zebra", "a cat", "a very long story about a fox"]  # the last exceeds 12 tokens
+# The last one exceeds the 12 tokens that the tiny CLIP reads.
+PROMPTS = ["cat", "a big dog playing chess", "zebra", "a cat", "a very long story about a fox"]
 
 
 def some_images():
     """Flat, a ramp, noise: ever harder to compress."""
-    flat, ramp = torch.full((3, 32, 32), 0.5), torch.linspace(0, 1, 32).expand(3, 32, 32)
-    return torch.stack([flat, ramp, torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))])
+    flat = torch.full((3, 32, 32), 0.5)
+    ramp = torch.linspace(0, 1, 32).expand(3, 32, 32)
+    noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return torch.stack([flat, ramp, noise])
 
 
 def noisy_images():
@@ -39,6 +44,7 @@ def hub(tmp_path_factory):
     tiny_models.save_clip(hub / "clip")
     tiny_models.save_laion_head(hub / "head" / "model.safetensors")
     tiny_models.save_laion_head(hub / "old-head" / "aesthetic-model.pth")
+    tiny_models.save_laion_head(hub / "pt-head" / "head.pt")
     tiny_models.save_llava(hub / "llava")
     tiny_models.save_llava(hub / "lined-llava", chat=tiny_models.LINED)
     tiny_models.save_idefics3(hub / "idefics3")
@@ -46,25 +52,34 @@ def hub(tmp_path_factory):
     return hub
 
 
-def load(text, **options):
+def load(mix, **options):
     """The function of a mix that is one term."""
-    ((_, _, function),) = rewards.load_rewards(text, **options)
+    ((_, _, function),) = rewards.load_rewards(mix, **options)
     return function
 
 
-def refusal(text, **options):
-    """The message with which load_rewards refuses a mix; it is one line and says which flag it is about."""
+def refused(mix, monitors="", flag="--reward"):
+    """The UserError with which load_rewards refuses; it is one line that begins with the flag."""
     with pytest.raises(rewards.UserError) as error:
-        rewards.load_rewards(text, **options)
-    assert str(error.value).startswith("--reward ") and "\n" not in str(error.value)
-    return str(error.value)
+        rewards.load_rewards(mix, monitors)
+    message = str(error.value)
+    assert message.startswith(f"{flag} ") and "\n" not in message
+    return error.value
 
 
-# ---------------------------------------------------------------- the size of a file
+def refusal(mix, *where):
+    """The message of such an error that no other one is behind."""
+    error = refused(mix, *where)
+    assert error.__cause__ is None
+    return str(error)
+
+
+# ------------------------------------------------ the size of a file
 
 
 def test_size_is_that_of_the_file_in_kilobytes_of_1000(tmp_path):
-    images, sizes = some_images(), []
+    images = some_images()
+    sizes = []
     for image in images:
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(tmp_path / "image.jpg", quality=95)
@@ -78,54 +93,89 @@ def test_size_is_that_of_the_file_in_kilobytes_of_1000(tmp_path):
 @pytest.mark.parametrize("off", [-1e-3, 0.0, 1e-3])
 def test_pixels_are_rounded_not_cut_off(off):
     levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    (image,) = rewards.to_pil(levels / 255 + off)  # 0.999 is white; below 0 and above 1 stay black and white
+    # 0.999 is white; below 0 and above 1 stay black and white
+    (image,) = rewards.to_pil(levels / 255 + off)
     assert [p[0] for p in zip(*[iter(image.tobytes())] * 3)] == list(range(256))
+
+
+def test_half_precision_is_rounded_to_the_same_levels():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for image, again in zip(rewards.to_pil(images), rewards.to_pil(images.float())):
+        assert image.tobytes() == again.tobytes()
 
 
 def test_colours_and_sides_are_not_swapped():
     image = torch.zeros(1, 3, 4, 6)  # 4 high, 6 wide
     image[0, 0, 1, 5] = 1.0
     (pil,) = rewards.to_pil(image)
-    assert pil.size == (6, 4) and pil.getpixel((5, 1)) == (255, 0, 0) and pil.getpixel((1, 1)) == (0, 0, 0)
+    assert pil.size == (6, 4)
+    assert pil.getpixel((5, 1)) == (255, 0, 0) and pil.getpixel((1, 1)) == (0, 0, 0)
 
 
-# ---------------------------------------------------------------- every reward
+# ------------------------------------------------ every reward
+
+MIXES = [
+    "compressibility",
+    "incompressibility",
+    "clipscore(HUB/clip)",
+    "pickscore(HUB/clip, HUB/clip)",
+    "aesthetic(HUB/clip, HUB/head)",
+    "vqa(HUB/llava)",
+    "vqa(HUB/idefics3)",
+    "alignment(HUB/llava, HUB/deberta, 2)",
+]
 
 
-@pytest.mark.parametrize("mix", [
-    "compressibility", "incompressibility", "clipscore(HUB/clip)", "pickscore(HUB/clip, HUB/clip)",
-    "aesthetic(HUB/clip, HUB/head)", "vqa(HUB/llava)", "vqa(HUB/idefics3)", "alignment(HUB/llava, HUB/deberta, 2)",
-])  # fmt: skip
+@pytest.mark.parametrize("mix", MIXES)
 def test_an_image_scores_the_same_alone_and_in_any_batch(hub, mix):
-    mix, images, order = mix.replace("HUB", str(hub)), noisy_images(), [2, 0, 4, 1, 3]
-    ((label, weight, reward),) = rewards.load_rewards(mix, batch_size=8)
+    mix = mix.replace("HUB", str(hub))
+    images = noisy_images()
+    order = [2, 0, 4, 1, 3]
+    ((label, weight, reward),) = rewards.load_rewards(mix)
     together = reward(images, PROMPTS)
     assert (label, weight) == (mix, 1.0)
-    assert together.shape == (5,) and together.dtype == torch.float32 and not together.requires_grad
+    assert together.shape == (5,) and together.dtype == torch.float32
+    assert not together.requires_grad
     assert together.std() > 1e-3  # else the rest would prove nothing
-    assert torch.allclose(reward(images[order], [PROMPTS[i] for i in order]), together[order], atol=1e-5)
-    in_twos = load(mix, batch_size=2)
-    assert torch.allclose(in_twos(images, PROMPTS), together, atol=1e-5)
-    assert torch.allclose(torch.cat([in_twos(i[None], [p]) for i, p in zip(images, PROMPTS)]), together, atol=1e-5)
+    shuffled = reward(images[order], [PROMPTS[i] for i in order])
+    assert torch.allclose(shuffled, together[order], atol=1e-5)
+    alone = [reward(image[None], [prompt]) for image, prompt in zip(images, PROMPTS)]
+    assert torch.allclose(torch.cat(alone), together, atol=1e-5)
 
 
-def test_models_are_frozen_and_in_float32_on_the_cpu(hub, tmp_path):
+def test_models_are_in_float32_on_the_cpu_and_without_dropout(hub, tmp_path):
     CLIPModel.from_pretrained(hub / "clip").half().save_pretrained(tmp_path)
     net = rewards.load_model(AutoModel, tmp_path, "cpu")
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
-    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert {p.dtype for p in net.parameters()} == {torch.float32} and not net.training
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("saved, used", [("float32", "float16"), ("float16", "float16"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    "saved, used", [("float32", "float16"), ("float16", "float16"), ("bfloat16", "bfloat16")]
+)
 def test_models_are_in_half_precision_on_cuda(hub, tmp_path, saved, used):
     CLIPModel.from_pretrained(hub / "clip").to(getattr(torch, saved)).save_pretrained(tmp_path)
-    assert rewards.load_model(AutoModel, tmp_path, "cuda").dtype == getattr(torch, used)
-    on_cpu, on_cuda = (load(f"clipscore({hub / 'clip'})", device=device)(noisy_images(), PROMPTS) for device in ("cpu", "cuda"))
-    assert on_cuda.device.type == "cpu" and torch.allclose(on_cpu, on_cuda, atol=0.02)
+    net = rewards.load_model(AutoModel, tmp_path, "cuda")
+    assert net.dtype == getattr(torch, used) and net.device.type == "cuda"
+    mix = f"clipscore({hub / 'clip'})"
+    on_cpu = load(mix)(noisy_images(), PROMPTS)
+    on_cuda = load(mix, device="cuda")(noisy_images().cuda(), PROMPTS).cpu()
+    assert torch.allclose(on_cpu, on_cuda, atol=0.02)
 
 
-# ---------------------------------------------------------------- CLIP and the aesthetic head
+def test_libraries_are_silent_but_for_downloads(monkeypatch):
+    transformers.utils.logging.enable_progress_bar()
+    transformers.utils.logging.set_verbosity_info()
+    huggingface_hub.utils.logging.set_verbosity_info()
+    rewards.load_rewards("compressibility")
+    silent = transformers.logging.ERROR
+    assert transformers.utils.logging.get_verbosity() == silent
+    assert huggingface_hub.utils.logging.get_verbosity() == silent
+    assert not transformers.utils.logging.is_progress_bar_enabled()
+    assert not huggingface_hub.utils.are_progress_bars_disabled()
+
+
+# ------------------------------------------------ CLIP and the aesthetic head
 
 
 def clip_reference(hub, images, prompts):
@@ -140,22 +190,64 @@ def clip_reference(hub, images, prompts):
 def test_clip_rewards_are_the_models_own_logits(hub):
     images = noisy_images()
     logits = clip_reference(hub, images, PROMPTS).logits_per_image.diag()
-    assert torch.allclose(load(f"pickscore({hub / 'clip'}, {hub / 'clip'})")(images, PROMPTS), logits, atol=1e-5)
-    assert torch.allclose(load(f"clipscore({hub / 'clip'})")(images, PROMPTS), logits / torch.tensor(2.0).exp(), atol=1e-6)
+    picked = load(f"pickscore({hub / 'clip'}, {hub / 'clip'})")(images, PROMPTS)
+    assert torch.allclose(picked, logits, atol=1e-5)
+    cosine = load(f"clipscore({hub / 'clip'})")(images, PROMPTS)
+    assert torch.allclose(cosine, logits / torch.tensor(2.0).exp(), atol=1e-6)
 
 
-@pytest.mark.parametrize("head", ["head", "head/model.safetensors", "old-head", "old-head/aesthetic-model.pth"])
-def test_aesthetic_head_is_the_network_that_was_trained(hub, head):
-    sizes = [(8, 12), (12, 10), (10, 6), (6, 4), (4, 1)]
-    linear = [nn.Linear(*size) for size in sizes]
-    trained = nn.Sequential(linear[0], nn.Dropout(0.2), linear[1], nn.Dropout(0.2), linear[2], nn.Dropout(0.1), *linear[3:])
-    trained.load_state_dict({key.removeprefix("layers."): value for key, value in tiny_models.laion_layers().items()})
-    images = noisy_images()
-    embeds = clip_reference(hub, images, PROMPTS).image_embeds  # CLIPModel returns them at unit length
+def test_load_clip_sees_pictures_and_reads_prompts_as_unit_vectors(hub):
+    see, read, scale = rewards.load_clip(hub / "clip", hub / "clip", "cpu")
+    reference = clip_reference(hub, noisy_images(), PROMPTS)  # which are unit vectors, too
     with torch.no_grad():
-        expected = trained.eval()(embeds).flatten()
+        seen = see(rewards.to_pil(noisy_images()))
+        said = read(PROMPTS)
+    assert torch.allclose(seen, reference.image_embeds, atol=1e-6)
+    assert torch.allclose(said, reference.text_embeds, atol=1e-6)
+    assert scale.item() == pytest.approx(torch.tensor(2.0).exp().item())
+
+
+def trained_head():
+    """The aesthetic head as it was trained: with dropout between its linear layers."""
+    linear = [nn.Linear(*size) for size in [(8, 12), (12, 10), (10, 6), (6, 4), (4, 1)]]
+    dropout = [nn.Dropout(p) for p in (0.2, 0.2, 0.1)]
+    net = nn.Sequential(*[layer for pair in zip(linear, dropout) for layer in pair], *linear[3:])
+    layers = tiny_models.laion_layers()
+    net.load_state_dict({key.removeprefix("layers."): value for key, value in layers.items()})
+    return net.eval()
+
+
+HEADS = [
+    "head",
+    "head/model.safetensors",
+    "old-head",
+    "old-head/aesthetic-model.pth",
+    "pt-head",
+    "pt-head/head.pt",
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_aesthetic_head_is_the_network_that_was_trained(hub, head):
+    images = noisy_images()
+    embeds = clip_reference(hub, images, PROMPTS).image_embeds  # CLIPModel's have unit length
+    with torch.no_grad():
+        expected = trained_head()(embeds).flatten()
     got = load(f"aesthetic({hub / 'clip'}, {hub / head})")(images, ["any"] * 5)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_no_file_comes_from_the_hub(hub, monkeypatch):
+    fetched = []
+
+    def download(name):
+        fetched.append(name)
+        return str(hub / "head")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    got = load(f"aesthetic({hub / 'clip'}, some/head)")(noisy_images(), PROMPTS)
+    local = load(f"aesthetic({hub / 'clip'}, {hub / 'head'})")(noisy_images(), PROMPTS)
+    assert torch.equal(got, local) and fetched == ["some/head"]
 
 
 def test_safetensors_are_preferred_to_a_pickle_and_no_pickle_runs_code(hub, tmp_path):
@@ -164,36 +256,46 @@ def test_safetensors_are_preferred_to_a_pickle_and_no_pickle_runs_code(hub, tmp_
             return (open, (str(tmp_path / "executed"), "w"))
 
     torch.save({"layers.0.weight": Evil()}, tmp_path / "a.pth")
-    message = refusal(f"aesthetic({hub / 'clip'}, {tmp_path})")
-    assert f"cannot load {tmp_path / 'a.pth'}" in message and not (tmp_path / "executed").exists()
+    mix = f"aesthetic({hub / 'clip'}, {tmp_path})"
+    assert "Weights only load failed" in refusal(mix) and not (tmp_path / "executed").exists()
     tiny_models.save_laion_head(tmp_path / "b.safetensors")
-    assert load(f"aesthetic({hub / 'clip'}, {tmp_path})")(noisy_images(), PROMPTS).shape == (5,)
+    assert load(mix)(noisy_images(), PROMPTS).shape == (5,)
 
 
-# ---------------------------------------------------------------- vision-language models
+# ------------------------------------------------ vision-language models
 
 
 def question(chat, text):
     """The question as the template lays it out, written by hand."""
-    return f"USER:<image> {text}\nASSISTANT:" if chat == "spaced" else f"<s>user\n<image>{text}</s>\nassistant\n"
+    if chat == "spaced":
+        return f"USER:<image> {text}\nASSISTANT:"
+    return f"<s>user\n<image>{text}</s>\nassistant\n"
 
 
 def open_vlm(path):
-    return AutoModelForImageTextToText.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+    net = AutoModelForImageTextToText.from_pretrained(path).eval()
+    return net, AutoProcessor.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name, chat, yes, no", [("llava", "spaced", "ĠYes", "ĠNo"), ("idefics3", "spaced", "ĠYes", "ĠNo"),
-                                                 ("lined-llava", "lined", "Yes", "No")])  # fmt: skip
+JUDGES = [
+    ("llava", "spaced", "ĠYes", "ĠNo"),
+    ("idefics3", "spaced", "ĠYes", "ĠNo"),
+    ("lined-llava", "lined", "Yes", "No"),
+]
+
+
+@pytest.mark.parametrize("name, chat, yes, no", JUDGES)
 def test_judge_gives_the_probability_of_yes_against_no(hub, name, chat, yes, no):
     net, prepare = open_vlm(hub / name)
-    yes, no, expected = prepare.tokenizer.get_vocab()[yes], prepare.tokenizer.get_vocab()[no], []
+    vocab = prepare.tokenizer.get_vocab()
+    expected = []
     for image, prompt in zip(rewards.to_pil(noisy_images()), PROMPTS):
-        text = question(chat, f'Does this figure show "{prompt}"? Please answer Yes or No.').removeprefix("<s>")
-        inputs = prepare(images=[image], text=[text], return_tensors="pt")
+        text = question(chat, f'Does this figure show "{prompt}"? Please answer Yes or No.')
+        inputs = prepare(images=[image], text=[text.removeprefix("<s>")], return_tensors="pt")
         assert inputs["input_ids"][0].tolist().count(1) == 1  # <s>
         with torch.no_grad():
             p = net(**inputs).logits[0, -1].softmax(-1)
-        expected.append(p[yes] / (p[yes] + p[no]))
+        expected.append(p[vocab[yes]] / (p[vocab[yes]] + p[vocab[no]]))
     got = load(f"vqa({hub / name})")(noisy_images(), PROMPTS)
     assert torch.allclose(got, torch.stack(expected), atol=1e-5)
 
@@ -204,67 +306,98 @@ def greedy_answer(net, prepare, image, text):
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     start = ids.shape[1]
     while ids.shape[1] < start + 64 and ids[0, -1] != 2:  # </s>
+        mask = torch.ones_like(ids)
         with torch.no_grad():
-            logits = net(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
+            logits = net(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     return prepare.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def test_alignment_recalls_the_prompt_in_the_greedy_answer(hub):
+def recall(hub, monkeypatch, answers, prompts, layer):
+    """The reward `alignment` of prompts whose images a model describes by these answers."""
+
+    def ask(images, questions, most):
+        assert set(questions) == {"Answer concisely: what is going on in this image?"}
+        assert most == 64
+        return answers[: len(questions)], None
+
+    monkeypatch.setattr(rewards, "load_vlm", lambda vlm, device: (ask, None))
+    reward = load(f"alignment(any, {hub / 'deberta'}, {layer})")
+    return reward(torch.zeros(len(prompts), 3, 8, 8), prompts)
+
+
+def test_alignment_recalls_the_prompt_in_the_greedy_answer(hub, monkeypatch):
     net, prepare = open_vlm(hub / "llava")
     text = question("spaced", "Answer concisely: what is going on in this image?")
-    answers = [greedy_answer(net, prepare, image, text) for image in rewards.to_pil(noisy_images())]
+    images = rewards.to_pil(noisy_images())
+    answers = [greedy_answer(net, prepare, image, text) for image in images]
     assert len(set(answers)) == 5
-    recall = rewards.load_bertscore(hub / "deberta", 2, "cpu")
-    with torch.no_grad():
-        expected = recall(answers, [f"The image contains {prompt}" for prompt in PROMPTS])
     got = load(f"alignment({hub / 'llava'}, {hub / 'deberta'}, 2)")(noisy_images(), PROMPTS)
+    expected = recall(hub, monkeypatch, answers, PROMPTS, layer=2)
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-ANSWERS = ["a dog on a mat", "The image contains a dog", "x", " The [SEP] image, twice: [SEP] image\n", "long " * 60, "une télé"]
-REFERENCES = [f"The image contains {p}" for p in ("a dog", "a dog", "a zebra", "a [SEP] b", "a long bike ride", "é")]
+ANSWERS = [
+    "a dog on a mat",
+    "The image contains a dog",
+    "x",
+    " The [SEP] image, twice: [SEP] image\n",
+    "long " * 60,
+    "une télé",
+]
+DESCRIBED = ["a dog", "a dog", "a zebra", "a small b", "a long bike ride", "é"]
 
 
 @pytest.mark.parametrize("layer", [1, 3])
-def test_recall_is_that_of_the_bert_score_package(hub, layer):
+def test_recall_is_that_of_the_bert_score_package(hub, monkeypatch, layer):
     package = pytest.importorskip("bert_score")
-    # One pair at a time: where the package pads, the zeros in the padding take part in the matching and beat what is negative.
-    options = {"model_type": str(hub / "deberta"), "num_layers": layer, "device": "cpu", "batch_size": 1}
-    expected = package.score(ANSWERS, REFERENCES, **options)[1]
-    recall = rewards.load_bertscore(hub / "deberta", layer, "cpu")
-    with torch.no_grad():
-        assert torch.allclose(recall(ANSWERS, REFERENCES), expected, atol=1e-5)
-        alone = torch.cat([recall([answer], [reference]) for answer, reference in zip(ANSWERS, REFERENCES)])
-    assert torch.allclose(alone, expected, atol=1e-5)
+    # One pair at a time: where the package pads, the zeros in the padding take part in the matching
+    # and beat what is negative.
+    options = {"num_layers": layer, "device": "cpu", "batch_size": 1}
+    references = [f"The image contains {prompt}" for prompt in DESCRIBED]
+    scores = package.score(ANSWERS, references, model_type=str(hub / "deberta"), **options)
+    expected = scores[1]
+    got = recall(hub, monkeypatch, ANSWERS, DESCRIBED, layer)
+    assert torch.allclose(got, expected, atol=1e-5)
     assert expected[1] > 0.999 and expected.std() > 1e-3
 
 
-def test_an_empty_answer_recalls_nothing(hub):
-    with torch.no_grad():
-        got = rewards.load_bertscore(hub / "deberta", 2, "cpu")(["", " \n", "The"], REFERENCES[:3])
+def test_an_empty_answer_recalls_nothing(hub, monkeypatch):
+    got = recall(hub, monkeypatch, ["", " \n", "The"], DESCRIBED[:3], layer=2)
     assert got[:2].tolist() == [0, 0] and got[2] > 0
 
 
 def test_a_judge_that_cannot_tell_yes_from_no_is_refused(tmp_path):
-    letters = {"words": ("figure",), "special": ["Ġ"]}  # so that " Yes" and " No" both begin with a bare space
-    assert "begins Yes and No with the same token" in refusal(f"vqa({tiny_models.save_llava(tmp_path / 'letters', **letters)})")
-    forgetful = "{% for turn in messages %}{{ turn.role }}<image>{% endfor %}{{ 'say:' if add_generation_prompt }}"
-    assert "chat template that does not" in refusal(f"vqa({tiny_models.save_llava(tmp_path / 'forgetful', chat=forgetful)})")
+    # Of these letters, " Yes" and " No" both begin with a bare space.
+    letters = {"words": ("figure",), "special": ["Ġ"]}
+    path = tiny_models.save_llava(tmp_path / "letters", **letters)
+    assert f"{path} begins Yes and No with the same token" in refusal(f"vqa({path})")
+    # This template leaves the answer out.
+    forgetful = (
+        "{% for turn in messages %}{{ turn.role }}<image>{% endfor %}"
+        "{{ 'say:' if add_generation_prompt }}"
+    )
+    path = tiny_models.save_llava(tmp_path / "forgetful", chat=forgetful)
+    assert refusal(f"vqa({path})").startswith(f"--reward vqa({path}) does not load")
 
 
-# ---------------------------------------------------------------- what does not load
+# ------------------------------------------------ what does not load
 
 
-def test_missing_files_are_named_with_the_way_to_name_a_folder(hub, tmp_path, monkeypatch):
+def test_what_cannot_be_fetched_is_named_with_the_way_to_name_others(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", True, raising=False)  # transformers 4 keeps its own
-    message = refusal("aesthetic")
-    assert message.startswith("--reward aesthetic: cannot load openai/clip-vit-large-patch14 (")
-    assert message.endswith('other models or local folders: "aesthetic(CLIP, HEAD)"')
-    assert "cannot load ttj/sac-logos-ava1-l14-linearMSE (" in refusal(f"aesthetic({hub / 'clip'})")
-    assert f"cannot load {tmp_path} (no .safetensors, .pth" in refusal(f"aesthetic({hub / 'clip'}, {tmp_path})")
-    assert f"cannot load {tmp_path} (" in refusal(f"vqa({tmp_path})")
+    # transformers 4 keeps its own
+    monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", True, raising=False)
+    hint = 'does not load; other models or local folders: "aesthetic(CLIP, HEAD)" ('
+    message = refusal("0.5*aesthetic")
+    assert message.startswith(f"--reward 0.5*aesthetic {hint}")
+    assert re.search("outgoing traffic has been disabled|couldn't connect", message)
+    for term in (f"aesthetic({hub / 'clip'})", f"aesthetic({hub / 'clip'}, {tmp_path})"):
+        assert refusal(term).startswith(f"--reward {term} {hint}")
+    term = f"vqa({tmp_path})"
+    message = refused("compressibility", term, flag="--monitor")
+    hint = 'does not load; other models or local folders: "vqa(VLM)" ('
+    assert str(message).startswith(f"--monitor {term} {hint}")
 
 
 def test_missing_weights_are_not_made_up(hub, tmp_path):
@@ -272,87 +405,150 @@ def test_missing_weights_are_not_made_up(hub, tmp_path):
     weights = load_file(hub / "clip" / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
-    assert "1 weights are not in it, such as visual_projection.weight" in refusal(f"clipscore({tmp_path / 'clip'})")
+    message = refusal(f"clipscore({tmp_path / 'clip'})")
+    assert re.search(r"clip lacks weights: .'visual_projection.weight'", message)
     layers = tiny_models.laion_layers()
     del layers["layers.4.weight"]
     save_file(layers, tmp_path / "head.safetensors")
-    assert "as LAION's head ('layers.4.weight')" in refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'head.safetensors'})")
-
-
-def test_a_librarys_own_explanation_is_kept():
-    """transformers explains what an HTTP error means; torch.save hides that the disk is full."""
-    for cause, error, reason in [(OSError("404"), OSError("no such model"), "no such model"),
-                                 (OSError("disk full"), RuntimeError("pos 0"), "disk full"),
-                                 (KeyError("x"), RuntimeError("y"), "y")]:  # fmt: skip
-        with pytest.raises(rewards.UserError, match=f"^mistake \\({reason}\\)$"), rewards.explained("mistake"):
-            try:
-                raise cause
-            except Exception:
-                raise error
+    message = refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'head.safetensors'})")
+    assert message.endswith("('layers.4.weight')")
 
 
 def test_models_that_do_not_fit_are_refused_before_sampling(hub, tmp_path):
     head = tiny_models.save_laion_head(tmp_path / "wide.safetensors", dim=9)
-    assert "RuntimeError" in refusal(f"aesthetic({hub / 'clip'}, {head})")
-    assert "has hidden layers 0 to 3, not 40" in refusal(f"alignment({hub / 'llava'}, {hub / 'deberta'})")
-    assert "AttributeError" in refusal(f"clipscore({hub / 'deberta'})")
+    assert "size mismatch" in refusal(f"aesthetic({hub / 'clip'}, {head})")
+    assert "index out of range" in refusal(f"alignment({hub / 'llava'}, {hub / 'deberta'})")
+    assert "has no attribute" in refusal(f"clipscore({hub / 'deberta'})")
     weights = load_file(hub / "head" / "model.safetensors")
     weights["layers.7.bias"][:] = float("nan")
     save_file(weights, tmp_path / "nan.safetensors")
-    assert "gives a grey image nan" in refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'nan.safetensors'})")
+    assert "NaN" in refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'nan.safetensors'})")
 
 
-# ---------------------------------------------------------------- mixes
+# ------------------------------------------------ explained
 
 
-@pytest.mark.parametrize("text, terms", [
-    ("pickscore", [(1.0, "pickscore", ())]),
-    ("pickscore + 0.1*compressibility", [(1.0, "pickscore", ()), (0.1, "compressibility", ())]),
-    (" -2 * a - .5*b+1e-3*c ", [(-2.0, "a", ()), (-0.5, "b", ()), (0.001, "c", ())]),
-    ("a-b - c-2.py:d_e", [(1.0, "a-b", ()), (-1.0, "c-2.py:d_e", ())]),
-    ("f(./x-y/z.pt, hub/name-1.5)-g", [(1.0, "f", ("./x-y/z.pt", "hub/name-1.5")), (-1.0, "g", ())]),
-    ("+ 1.E+1*~/my.py:f + 2*p.q:f(a b)", [(10.0, "~/my.py:f", ()), (2.0, "p.q:f", ("a b",))]),
-])  # fmt: skip
-def test_a_mix_is_read_as_written(text, terms):
-    assert rewards.parse_mix(text) == terms
+def explanation(error, context=None):
+    """What `explained` makes of an error that was raised while another one was handled."""
+    with pytest.raises(rewards.UserError) as raised, rewards.explained("mistake"):
+        try:
+            raise context or KeyError("unused")
+        except Exception:
+            if context:
+                raise error
+        raise error
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__
+    return str(raised.value)
 
 
-@pytest.mark.parametrize("text, rest", [
-    ("", ""), ("a +", "+"), ("a + + b", "+ + b"), ("2", "2"), ("a + 2* ", "+ 2*"), ("1_0*a", "1_0*a"), ("a  b", "a  b"),
-    ("b - a*2", "- a*2"), ("nan*a", "nan*a"), ("a(b) c", "a(b) c"), ("a()", "a()"), ("a(b, )", "a(b, )"), ("a(b(c))", "a(b(c))"),
-    ("a + b(c", "+ b(c"), ("1e999*a", "1e999*a"), ("a,b", "a,b"),
-])  # fmt: skip
-def test_what_cannot_be_read_is_refused_with_the_place(text, rest):
-    message = f"cannot read {rest!r}; write NAME, 0.1*NAME or NAME(FOLDER, FILE), with + or - between them"
-    assert refusal(text) == f"--reward {text!r}: {message}"
-    if text and "," not in text:
-        with pytest.raises(rewards.UserError, match=re.escape(f"--monitor {text!r}: cannot read {rest!r}")):
-            rewards.load_rewards("compressibility", text)
+class HubError(OSError):
+    """As huggingface_hub's, which have the answer."""
+
+    response = "404"
 
 
-def test_names_and_arguments_are_checked_before_any_model_is_loaded(monkeypatch):
+REASONS = [
+    (ValueError("bad value"), None, "bad value"),
+    (RuntimeError("unexpected pos"), OSError("disk full"), "disk full"),  # as torch.save
+    (OSError("no file named x"), FileNotFoundError("no connection\nto y"), "no connection"),
+    (OSError("no such model"), HubError("404 Client Error"), "no such model"),  # as transformers
+    (RuntimeError("y"), KeyError("x"), "y"),
+    (ValueError("\n first\nsecond"), None, "first"),
+    (ValueError(), None, "ValueError()"),
+    (ValueError("a" * 1000), None, "a" * 250),
+]
+
+
+@pytest.mark.parametrize("error, context, reason", REASONS)
+def test_the_first_line_of_the_reason_is_told(error, context, reason):
+    assert explanation(error, context) == f"mistake ({reason})"
+
+
+def test_a_user_error_and_an_exit_are_passed_on_as_they_are():
+    for error in (rewards.UserError("mine"), SystemExit(1), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised, rewards.explained("mistake"):
+            raise error from OSError("why")
+        assert raised.value is error and isinstance(error.__cause__, OSError)
+
+
+# ------------------------------------------------ mixes
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    """Rewards with short names that give every image a number."""
+    for value, name in enumerate(("a", "b", "c-d")):
+        monkeypatch.setitem(rewards.REWARDS, name, lambda images, prompts, v=value: [v])
+    return rewards.REWARDS
+
+
+READABLE = [
+    ("a", [("a", 1.0)]),
+    ("a + 0.5*b - c-d", [("a", 1.0), ("b", 0.5), ("c-d", -1.0)]),
+    ("-a + b", [("a", -1.0), ("b", 1.0)]),
+    (" - a - .5 * b", [("a", -1.0), ("b", -0.5)]),
+    ("-0.1*a  +\t1e-3*b", [("a", -0.1), ("b", 0.001)]),
+    (" 2E+1*c-d - 3*a ", [("c-d", 20.0), ("a", -3.0)]),
+]
+
+
+@pytest.mark.parametrize("mix, terms", READABLE)
+def test_a_mix_is_read_as_written(letters, mix, terms):
+    found = rewards.load_rewards(mix)
+    assert [(label, weight) for label, weight, _ in found] == terms
+    assert all(function is letters[label] for label, _, function in found)
+
+
+UNREADABLE = ["", "a +", "+ a", "a - ", "2", "2*", "a b", "x*a", "a*2", "1_0*a", "nan*a", "inf*a",
+              "1e999*a", "a + + b", "a++b", "a,b", "a(", "a)", "a()", "a(b) c", "a(b(c))", "(a)",
+              "beauty", "a(x)", "b + a(x)"]
+
+
+@pytest.mark.parametrize("mix", UNREADABLE)
+def test_what_cannot_be_read_is_refused_with_the_way_to_write_it(letters, mix):
+    message = refusal(mix)
+    assert "write A, 0.1*A + B - C or A(FOLDER, FILE)" in message
+    assert "compressibility, incompressibility, a, b, c-d, aesthetic, " in message
+    assert "path/to/file.py:function" in message
+    if mix and "," not in mix:
+        monitor = str(refused("c-d", mix, flag="--monitor"))
+        assert monitor.startswith(f"--monitor {mix}: unknown; write A, ")
+
+
+def test_names_are_looked_up_before_any_model_is_loaded(monkeypatch):
     loaded = []
 
-    def slow(model="a/b", *, device, batch_size):
-        loaded.append((model, device, batch_size))
-        return lambda images, prompts: images.mean((1, 2, 3))
+    def slow(model="a/b", second="c", *, device):
+        loaded.append((model, second, device, torch.is_grad_enabled()))
+        return lambda images, prompts: images.mean((1, 2, 3)) + torch.is_grad_enabled()
 
     monkeypatch.setitem(rewards.MODEL_REWARDS, "slow", slow)
-    assert re.search("^--reward beauty: .*compressibility, incompressibility, .*slow.*file.py:function", refusal("slow + beauty"))
-    assert refusal("slow + slow(a, b)") == "--reward slow(a, b): too many arguments; what works is slow(MODEL)"
-    assert refusal("slow - compressibility(x)").endswith("too many arguments; what works is compressibility")
-    assert "no file nowhere.py" in refusal("slow + nowhere.py:f")
-    assert refusal("slow + 2*slow").startswith("--reward slow: two terms have this name")
-    assert refusal("slow", monitors="slow").startswith("--reward slow: two terms have this name")
+    for mix in ("slow + beauty", "slow - compressibility(x)", "slow + nowhere.py:f"):
+        name = mix.split()[-1]
+        assert re.match(rf"--reward (- )?{re.escape(name)}: unknown", refusal(mix))
+    assert refusal("slow + 2*slow") == "--reward slow: two terms have this name"
+    twice = refused("slow", "compressibility, slow", flag="--monitor")
+    assert str(twice) == "--monitor slow: two terms have this name"
     assert not loaded
-    mix = rewards.load_rewards("slow + 0.5*slow( c/d )-compressibility", device="cpu", batch_size=3)
-    assert [(label, weight) for label, weight, _ in mix] == [("slow", 1.0), ("slow(c/d)", 0.5), ("compressibility", -1.0)]
-    assert loaded == [("a/b", "cpu", 3), ("c/d", "cpu", 3)] and mix[2][2] is rewards.compressibility
-    logged = rewards.load_rewards("slow", "2*slow(c/d), compressibility")  # monitors weigh nothing
-    assert [(label, weight) for label, weight, _ in logged] == [("slow", 1.0), ("slow(c/d)", 0.0), ("compressibility", 0.0)]
+    message = refusal("slow(a, b, c)")
+    assert '"slow(MODEL, SECOND)" (' in message and "positional arguments" in message
+
+    loaded.clear()
+    mix = rewards.load_rewards("slow + 0.5*slow(c/d) - compressibility", device="there")
+    labels = [(label, weight) for label, weight, _ in mix]
+    assert labels == [("slow", 1.0), ("slow(c/d)", 0.5), ("compressibility", -1.0)]
+    assert loaded == [("a/b", "c", "there", True), ("c/d", "c", "there", True)]
+    assert mix[2][2] is rewards.compressibility
+    assert mix[0][2](torch.ones(2, 3, 4, 4), ["x", "y"]).tolist() == [1, 1], "without gradients"
+
+    loaded.clear()
+    logged = rewards.load_rewards("slow", "2*slow(c/d, e),compressibility, slow( f )")
+    labels = [("slow", 1.0), ("slow(c/d, e)", 0.0), ("compressibility", 0.0), ("slow( f )", 0.0)]
+    assert [(label, weight) for label, weight, _ in logged] == labels
+    assert [models for *models, _, _ in loaded] == [["a/b", "c"], ["c/d", "e"], ["f ", "c"]]
 
 
-# ---------------------------------------------------------------- a reward of one's own
+# ------------------------------------------------ a reward of one's own
 
 MINE = """
 from __future__ import annotations
@@ -371,21 +567,33 @@ constant = 3
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """my-own.py in the working directory, and the same as the module package.mine."""
-    (tmp_path / "my-own.py").write_text(MINE)
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "mine.py").write_text(MINE)
+    """my-own+file.py in the working directory."""
+    (tmp_path / "my-own+file.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
-def test_a_function_of_a_file_or_a_module_is_a_reward(mine):
-    for name in ("my-own.py:redness", f"{mine}/my-own.py:redness", "package.mine:redness"):
-        ((label, weight, reward),) = rewards.load_rewards(f"-0.5*{name}")
-        assert (label, weight) == ("redness", -0.5)
-        assert torch.allclose(reward(some_images(), ["a"] * 3), 2 * some_images()[:, 0].mean((1, 2)))
-    assert "two terms have this name" in refusal("my-own.py:redness + package.mine:redness")
+def test_a_function_of_a_file_is_a_reward(mine):
+    for name in ("my-own+file.py:redness", f"{mine}/my-own+file.py:redness"):
+        found = rewards.load_rewards(f"-0.5*{name} + compressibility")
+        assert [(label, weight) for label, weight, _ in found] == [
+            ("redness", -0.5),
+            ("compressibility", 1.0),
+        ]
+        expected = 2 * some_images()[:, 0].mean((1, 2))
+        assert torch.allclose(found[0][2](some_images(), ["a"] * 3), expected)
+    twice = refusal(f"my-own+file.py:redness + {mine}/my-own+file.py:redness")
+    assert twice == "--reward redness: two terms have this name"
+
+
+def test_a_python_function_is_a_reward():
+    def darkness(images, prompts):
+        return -images.mean((1, 2, 3))
+
+    found = rewards.load_rewards(darkness, "compressibility")
+    assert found == [("darkness", 1.0, darkness), ("compressibility", 0.0, rewards.compressibility)]
+    twice = refused(rewards.compressibility, "compressibility", flag="--monitor")
+    assert str(twice) == "--monitor compressibility: two terms have this name"
 
 
 def test_the_example_scores_red_as_it_says():
@@ -394,17 +602,26 @@ def test_the_example_scores_red_as_it_says():
     assert redness(colours, ["any"] * 3).tolist() == [1.0, -0.5, -0.5]
 
 
-def test_mistakes_in_a_file_of_ones_own_are_named_with_their_line(mine):
-    assert refusal("gone.py:f") == "--reward gone.py:f: there is no file gone.py"
-    assert refusal("package.gone:f").endswith("package.gone: ModuleNotFoundError: No module named 'package.gone'")
-    assert refusal("my-own.py:blueness").endswith("my-own.py has no function 'blueness'; it has redness")
-    assert refusal("package.mine:constant").endswith("package.mine has no function 'constant'; it has redness")
-    assert refusal("my-own.py:redness(3)").endswith("too many arguments; what works is my-own.py:redness")
-    (mine / "broken.py").write_text("import json\n\ndef f():\n    json.loads('{')\n\nf()\n")
-    assert "broken.py, line 4: JSONDecodeError: " in refusal("broken.py:f")
-    (mine / "package" / "broken.py").write_text("import nowhere_to_be_found\n")
-    assert refusal("package.broken:f").endswith("line 1: ModuleNotFoundError: No module named 'nowhere_to_be_found'")
-    (mine / "quits.py").write_text("raise SystemExit('usage: ...')\n")
-    assert refusal("quits.py:f").endswith("quits.py, line 1: SystemExit: usage: ...")
-    (mine / "unclosed.py").write_text("x = 1\ny = (\n")
-    assert re.search("unclosed.py: SyntaxError: .*line 2", refusal("unclosed.py:f"))
+@pytest.mark.parametrize("function", ["blueness", "constant", "redness(3)"])
+def test_what_a_file_does_not_have_is_named(mine, function):
+    message = refusal(f"my-own+file.py:{function}")
+    assert message.startswith(f"--reward my-own+file.py:{function}: unknown")
+
+
+BROKEN = [
+    ("import json\n\njson.loads('{')\n", "JSONDecodeError"),
+    ("import nowhere_to_be_found\n", "ModuleNotFoundError"),
+    ("raise SystemExit('usage: ...')\n", "SystemExit"),
+    ("x = 1\ny = (\n", "SyntaxError"),
+    ("raise ValueError('two\\nlines')\n", "ValueError"),
+]
+
+
+@pytest.mark.parametrize("text, kind", BROKEN)
+def test_an_error_in_a_file_of_ones_own_is_named_and_kept_as_the_cause(mine, text, kind):
+    (mine / "broken.py").write_text(text)
+    error = refused("compressibility + 2*broken.py:f")
+    start = f"--reward 2*broken.py:f: broken.py does not load ({kind}("
+    assert str(error).startswith(start) and type(error.__cause__).__name__ == kind
+    printed = "".join(traceback.format_exception(error.__cause__))
+    assert 'broken.py", line ' in printed, "who sees it printed finds the place"

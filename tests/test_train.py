@@ -1,206 +1,247 @@
-"""Proves that a run from the command line leaves what it promises, that its seed decides it, that it never writes over
-another run, and that it learns: both objectives move a reward that can be moved, up or down as asked."""
+"""Proves that a run leaves what it promises, that its seed decides it, that it never writes over
+another run, and that it learns, from the command line or from Python: both objectives move a
+reward that can be moved, up or down as asked."""
 
-import csv
 import dataclasses
 import gc
+import io
 import json
-import threading
+import sys
 
 import pytest
 import torch
-from conftest import make_policy, save_tiny_pipeline
+from conftest import flags, make_policy, read_metrics, save_tiny_pipeline, small_run
 from PIL import Image
 from safetensors.torch import load_file
 
 import ddpo
-import rewards
 
 
-def flags(model, **settings):
-    defaults = {"epochs": 2, "steps": 3, "images_per_epoch": 8, "sample_batch": 3, "updates_per_epoch": 2, "eval_images": 7,
-                "micro_batch": 4, "lr": 0.01, "device": "cpu", "precision": "fp32"}  # fmt: skip
-    given = {"model": model, **defaults, **settings}
-    return as_flags(given)
+def train(model, out, reward=None, update=ddpo.update, **settings):
+    """A small run from Python; its folder."""
+    settings = ddpo.make_settings(**small_run(model, out=str(out), **settings))
+    return ddpo.launch(settings, reward=reward, update=update)
 
 
-def as_flags(settings):
-    """Settings as a command line; those that are true or false have no value there."""
-    pairs = [("--" + name.replace("_", "-"), value) for name, value in settings.items()]
-    return [part for flag, value in pairs for part in ([flag] if value is True else [flag, str(value)])]
-
-
-def read_metrics(run):
-    return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-
-
-@pytest.mark.parametrize("objective, updates", [("clipped", 2), ("reinforce", 1)])
-def test_a_run_leaves_its_files(objective, updates, tiny_model, tmp_path, capsys):
-    argv = flags(tiny_model, out=tmp_path / "run", objective=objective, updates_per_epoch=updates, eval_every=2, epochs=3)
+def test_a_run_leaves_its_files(tiny_model, tmp_path, capsys):
+    argv = flags(tiny_model, out=tmp_path / "run", eval_every=2, epochs=3)
     ddpo.main(argv)
-    run, rows = tmp_path / "run", read_metrics(tmp_path / "run")
+    run = tmp_path / "run"
     assert {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} == {
-        "config.json", "metrics.csv", "pytorch_lora_weights.safetensors", "state_00002.pt", "state_00003.pt",
-        "samples/epoch_0000.png", "samples/epoch_0002.png", "samples/epoch_0003.png",
-    }  # fmt: skip
+        "config.json",
+        "metrics.csv",
+        "pytorch_lora_weights.safetensors",
+        "samples/epoch_0000.png",
+        "samples/epoch_0002.png",
+        "samples/epoch_0003.png",
+        "state.pt",
+    }
     config = json.loads((run / "config.json").read_text())
     made_with = config.pop("made_with")
     assert config == dataclasses.asdict(ddpo.parse(argv)[0])
-    assert made_with["torch"] == torch.__version__ and made_with["device"] == "cpu"
-    assert {"diffusers", "transformers", "git"} < made_with.keys()
+    assert made_with["torch"] == torch.__version__
+    assert made_with.keys() == {"torch", "diffusers", "transformers"}
 
+    rows = read_metrics(run)
     assert list(rows[0]) == ddpo.COLUMNS
-    assert [(row["epoch"], row["queries"]) for row in rows] == [("0", "0"), ("1", "8"), ("2", "16"), ("3", "24")]
-    assert [row["eval_reward"] != "" for row in rows] == [True, False, True, True]  # every 2 epochs, first and last
-    values = torch.tensor([[float(v) for k, v in row.items() if k not in ("eval_reward", "diversity")] for row in rows[1:]])
-    assert values.isfinite().all() and all(float(row["ratio_error"]) <= 1e-6 for row in rows[1:])
-    assert all(-1 < float(row["reward_mean"]) < 0 for row in rows[1:])  # a JPEG of 16 x 16 pixels has some 700 bytes
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["queries"] for row in rows] == ["0", "8", "16", "24"]
+    evaluated = [row["eval_reward"] != "" for row in rows]
+    assert evaluated == [True, False, True, True]  # every 2 epochs, first and last
+    for row in rows[1:]:
+        row.pop("eval_reward")
+        row.pop("diversity")  # of two images of the same prompt, which there need not be
+        assert torch.tensor([float(value) for value in row.values()]).isfinite().all()
+        assert float(row["ratio_error"]) <= 1e-6
+        assert -1 < float(row["reward_mean"]) < 0  # a JPEG of 16 x 16 pixels has some 700 bytes
 
     lora = load_file(run / "pytorch_lora_weights.safetensors")
-    assert len(lora) == 64 and all(v.abs().max() > 0 for v in lora.values())
-    first, *later = (Image.open(run / f"samples/epoch_{n:04d}.png") for n in (0, 2, 3))
-    for picture in later:  # below the first look, which it repeats
+    assert len(lora) == 64 and all(weights.abs().max() > 0 for weights in lora.values())
+    first = Image.open(run / "samples/epoch_0000.png")
+    for epoch in (2, 3):  # below the first look, which it repeats
+        picture = Image.open(run / f"samples/epoch_{epoch:04d}.png")
         assert picture.size == (first.width, 2 * first.height)
         assert picture.crop((0, 0, *first.size)).tobytes() == first.tobytes()
 
-    said = capsys.readouterr().out
-    assert f"24 (image, step) pairs, {updates} updates" in said and "24 reward queries" in said  # what the run will cost
-    assert f"load_lora_weights('{run}')" in said
+    said = capsys.readouterr()
+    weights = sum(weights.numel() for weights in lora.values())
+    assert f"trains {weights:,} weights of {tiny_model} on cpu in torch.float32" in said.out
+    log = torch.load(run / "state.pt", weights_only=True)["log"]
+    before, after = log[0]["eval_reward"], log[-1]["eval_reward"]
+    assert f"noise: {before:.3f} before, {after:.3f} after" in said.out
+    assert said.err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_progress(tiny_model, tmp_path, monkeypatch):
+    """And nothing else does: the test above has found no word on stderr."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train(tiny_model, tmp_path / "run", epochs=1, images_per_epoch=2, eval_images=1)
+    assert "sample: " in terminal.getvalue() and "update: " in terminal.getvalue()
 
 
 def test_the_seed_decides_the_run(tiny_model, tmp_path):
+    small = {"epochs": 1, "images_per_epoch": 4, "eval_images": 2}
     runs = []
+    pictures = []
     for name, seed in [("first", 3), ("again", 3), ("other", 4)]:
         torch.rand(5)  # what was drawn before the run must not matter
-        ddpo.main(flags(tiny_model, out=tmp_path / name, seed=seed))
-        rows = read_metrics(tmp_path / name)
-        runs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-    assert runs[0] == runs[1]
-    assert all(a["reward_mean"] != b["reward_mean"] and a["loss"] != b["loss"] for a, b in zip(runs[0][1:], runs[2][1:]))
-    pictures = [(tmp_path / name / "samples/epoch_0002.png").read_bytes() for name in ("first", "again", "other")]
+        run = train(tiny_model, tmp_path / name, seed=seed, **small)
+        (_, row) = read_metrics(run)
+        row.pop("seconds")
+        runs.append(row)
+        pictures.append((run / "samples/epoch_0001.png").read_bytes())
+    first, again, other = runs
+    assert first == again
+    assert first["reward_mean"] != other["reward_mean"] and first["loss"] != other["loss"]
     assert pictures[0] == pictures[1] != pictures[2]
 
 
 def test_a_second_run_gets_its_own_folder(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = flags(tiny_model, epochs=1, reward="incompressibility")
-    ddpo.main(argv)
-    first = {p: p.read_bytes() for p in (tmp_path / "runs/incompressibility").rglob("*") if p.is_file()}
-    ddpo.main([*argv, "--seed", "1"])
-    ddpo.main([*argv, "--seed", "2"])
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [f"incompressibility{n}" for n in ("", "-2", "-3")]
-    assert len(first) == 6 and all(p.read_bytes() == content for p, content in first.items())
-    assert json.loads((tmp_path / "runs/incompressibility-3/config.json").read_text())["seed"] == 2
+    small = {"epochs": 1, "images_per_epoch": 2, "eval_images": 1}
+    argv = flags(tiny_model, reward="0.5*incompressibility", **small)
+    for seed in (0, 1, 2):
+        ddpo.main([*argv, "--seed", str(seed)])
+        if seed == 0:
+            first = tmp_path / "runs/0.5_incompressibility"
+            before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [f"0.5_incompressibility{number}" for number in ("", "-2", "-3")]
+    assert len(before) == 6 and all(p.read_bytes() == content for p, content in before.items())
+    config = tmp_path / "runs/0.5_incompressibility-3/config.json"
+    assert json.loads(config.read_text())["seed"] == 2
 
 
-def test_before_and_after_show_the_same_prompts_and_noise(tiny_model, tmp_path, monkeypatch):
-    """Without learning to speak of, before and after are the same images, however many were sampled in between."""
-    pictures, asked = [], []
+def test_before_and_after_show_the_same_prompts_and_noise(tiny_model, tmp_path):
+    """Without learning to speak of, before and after are the same images, however many were
+    sampled in between."""
+    pictures = []
+    asked = []
 
     def watch(images, prompts):
         pictures.append(images)
         asked.append(prompts)
         return images.mean((1, 2, 3))
 
-    monkeypatch.setitem(rewards.REWARDS, "watch", watch)
-    ddpo.main(flags(tiny_model, reward="watch", out=tmp_path / "run", lr=1e-12, eval_every=1))
-    whole = [torch.cat(pictures[i : i + 3]) for i in range(0, 15, 3)]  # 7 or 8 images come in batches of 3
+    train(tiny_model, tmp_path / "run", watch, lr=1e-12, eval_every=1, eval_images=7)
+    assert len(pictures) == 15  # 7 or 8 images come in 3 batches
+    whole = [torch.cat(pictures[i : i + 3]) for i in range(0, 15, 3)]
     before, epoch_1, after_1, epoch_2, after_2 = whole
     torch.testing.assert_close(after_1, before, rtol=0, atol=1e-6)
     torch.testing.assert_close(after_2, before, rtol=0, atol=1e-6)
-    assert asked[:3] == asked[6:9] == asked[12:] and len({p for batch in asked[:3] for p in batch}) == 7
-    assert (epoch_1 - epoch_2).abs().max() > 0.01 and (before[0] - before[1]).abs().max() > 0.01
-
-
-def test_an_interrupted_run_keeps_what_it_has(tiny_model, tmp_path, monkeypatch):
-    calls = []
-
-    def impatient(images, prompts):
-        calls.append(len(prompts))
-        if len(calls) == 8:  # 3 batches of the first look, 3 of epoch 1, 2 of epoch 2
-            raise KeyboardInterrupt
-        return images.mean((1, 2, 3))
-
-    monkeypatch.setitem(rewards.REWARDS, "impatient", impatient)
-    with pytest.raises(SystemExit, match=f"stopped; go on with: python ddpo.py --resume {tmp_path / 'run'}"):
-        ddpo.main(flags(tiny_model, reward="impatient", out=tmp_path / "run"))
-    assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["0", "1"] and not list(tmp_path.rglob("*.tmp"))
-    assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 64
-
-
-def test_a_batch_is_scored_while_the_next_one_is_sampled(tiny_model, monkeypatch):
-    """The first batch's reward waits for the second batch's sampling to begin, which it would do for ever otherwise."""
-    begun, calls, rollout = threading.Event(), [], ddpo.rollout
-
-    def watched(*args):
-        calls.append(len(args[1]))
-        if len(calls) == 2:
-            begun.set()
-        return rollout(*args)
-
-    monkeypatch.setattr(ddpo, "rollout", watched)
-    policy, settings = make_policy(tiny_model, sample_batch=2)
-    terms = [("patient", 1.0, lambda images, prompts: torch.full((len(images),), float(begun.wait(30))))]
-    *_, scores = ddpo.sample(policy, terms, ["cat"] * 6, settings, torch.Generator().manual_seed(0))
-    assert calls == [2, 2, 2] and scores[:, 0].tolist() == [1.0] * 6
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_ratio_that_is_off_from_the_start_is_said(wrong, tiny_model, tmp_path, monkeypatch, capsys):
-    """Sampled with guidance and learned without: the note comes once, and only where something is wrong."""
-    predict = ddpo.Policy.predict
-
-    def forgetful(policy, *args):
-        policy.guidance_scale = 1.0 if torch.is_grad_enabled() and wrong else 5.0
-        return predict(policy, *args)
-
-    monkeypatch.setattr(ddpo.Policy, "predict", forgetful)
-    ddpo.main(flags(tiny_model, out=tmp_path / "run"))
-    assert capsys.readouterr().out.count("before any update the ratio is off 1 by") == wrong
+    assert asked[:3] == asked[6:9] == asked[12:] and len(set(sum(asked[:3], []))) == 7
+    assert (epoch_1 - epoch_2).abs().max() > 0.01
+    assert (before[0] - before[1]).abs().max() > 0.01
 
 
 def test_memory_does_not_grow_with_the_epochs(tiny_model, tmp_path, monkeypatch):
-    """Once the optimizer has its moments, every epoch ends with as many numbers in tensors as the one before."""
-    held, write_metrics = [], ddpo.write_metrics
+    """Once the optimizer has its moments, every epoch ends with as many numbers in tensors as the
+    one before."""
+    held = []
+    write_metrics = ddpo.write_metrics
 
     def counted(log, folder):
         gc.collect()
-        held.append(sum(o.numel() for o in gc.get_objects() if issubclass(type(o), torch.Tensor)))
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        held.append(sum(tensor.numel() for tensor in tensors))
         write_metrics(log, folder)
 
     monkeypatch.setattr(ddpo, "write_metrics", counted)
-    (tmp_path / "prompts.txt").write_text("cat\nbee\n")  # each is encoded when it is first drawn
-    ddpo.main(flags(tiny_model, prompts=tmp_path / "prompts.txt", out=tmp_path / "run", epochs=4, eval_every=2))
-    assert len(held) == 4 and len(set(held[1:])) == 1
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\nbee\n")  # each is encoded when it is first drawn
+    gc.freeze()  # what is there already is not looked at
+    try:
+        train(tiny_model, tmp_path / "run", prompts=str(prompts), epochs=4, eval_every=2)
+    finally:
+        gc.unfreeze()
+    assert len(held) == 5 and held[1] == held[2] == held[3] == held[4] > 10_000
 
 
-def test_a_reward_sees_its_own_prompts_and_any_type_will_do(tiny_model, tmp_path, monkeypatch):
-    """Whole numbers in float64, that depend on the prompt alone; and no prompt from outside the file."""
+def test_a_reward_sees_its_own_prompts_and_any_type_will_do(tiny_model, tmp_path):
+    """Whole numbers in float64, that depend on the prompt alone; no prompt is from elsewhere."""
     seen = set()
 
     def length(images, prompts):
         assert images.shape == (len(prompts), 3, 16, 16) and images.dtype == torch.float32
         assert images.min() >= 0 and images.max() <= 1
         seen.update(prompts)
-        return torch.tensor([len(p) for p in prompts], dtype=torch.float64)
+        return torch.tensor([len(prompt) for prompt in prompts], dtype=torch.float64)
 
-    monkeypatch.setitem(rewards.REWARDS, "length", length)
-    (tmp_path / "prompts.txt").write_text("a cat\n\n  # not this\n  bee \n")
-    ddpo.main(flags(tiny_model, reward="length", prompts=tmp_path / "prompts.txt", out=tmp_path / "run"))
-    assert seen == {"a cat", "bee"} and all(3 <= float(row["reward_mean"]) <= 5 for row in read_metrics(tmp_path / "run")[1:])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\n  # not this\n  bee \n")
+    run = train(tiny_model, tmp_path / "run", length, prompts=str(prompts))
+    assert seen == {"a cat", "bee"}
+    assert all(3 <= float(row["reward_mean"]) <= 5 for row in read_metrics(run)[1:])
+    assert json.loads((run / "config.json").read_text())["reward"] == "length"
 
 
-@pytest.mark.parametrize("objective, sign, margin", [("clipped", 1, 2.5), ("reinforce", 1, 2.5), ("clipped", -1, 2.0)])
-def test_it_learns(objective, sign, margin, tmp_path, monkeypatch):
-    """Brightness of a model that predicts x_0 with a coarse noise schedule, so that the noise of a step shows in the image.
-    Over seeds 0 to 3 the mean reward rose by 4.6 to 7.2, 4.7 to 5.2 and 3.6 to 4.0 standard deviations of the first rewards;
-    by chance alone it would change by 0.2."""
-    monkeypatch.setitem(rewards.REWARDS, "brightness", lambda images, prompts: sign * images.mean((1, 2, 3)))
-    schedule = {"num_train_timesteps": 20, "beta_start": 0.2, "beta_end": 0.5, "prediction_type": "sample"}
-    model = save_tiny_pipeline(tmp_path / "model", **schedule)
-    updates = 2 if objective == "clipped" else 1
-    batches = {"images_per_epoch": 64, "sample_batch": 64, "micro_batch": 96, "updates_per_epoch": updates}
-    learning = {"objective": objective, "epochs": 8, "lr": 0.03, "clip_range": 0.02, "guidance_scale": 3}
-    ddpo.main(flags(model, out=tmp_path / "run", reward="brightness", **batches, **learning))
-    _, first, *_, last = read_metrics(tmp_path / "run")
-    assert float(last["reward_mean"]) - float(first["reward_mean"]) > margin * float(first["reward_std"])
+def test_another_update_in_the_place_of_ours(tiny_model, tmp_path, monkeypatch):
+    """It gets what ours gets, and its metrics are in the log."""
+    monkeypatch.setattr(ddpo, "clipped_loss", lambda *args: pytest.fail("ours was called"))
+    given = []
+
+    def lazy(run, samples, generator):
+        given.append([tuple(part.shape) for part in samples])
+        assert isinstance(run, ddpo.Run) and isinstance(generator, torch.Generator)
+        return {"loss": 7.0, "mine": len(given)}
+
+    run = train(tiny_model, tmp_path / "run", update=lazy)
+    assert given == 2 * [[(8, 3, 4, 8, 8), (8, 2), (8,), (8,)]]
+    rows = read_metrics(run)[1:]
+    assert [(row["loss"], row["mine"]) for row in rows] == [("7", "1"), ("7", "2")]
+    lora = load_file(run / "pytorch_lora_weights.safetensors")
+    assert all((lora[name] == 0).all() for name in lora if "lora_B" in name)
+
+
+def test_many_new_prompts_are_encoded_in_one_go(tiny_model, monkeypatch):
+    """If each of N prompts copied the table of all, that would be N * N / 2 rows."""
+    policy, _ = make_policy(tiny_model)
+    (table,) = policy.table
+    shape = table[:1].shape
+    copied = []
+    cat = torch.cat
+
+    def counted(tensors, *args, **kwargs):
+        whole = cat(tensors, *args, **kwargs)
+        copied.append(whole.numel())
+        return whole
+
+    def encode_prompt(prompt, **how):
+        return torch.full(shape, float(prompt)), torch.zeros(shape)
+
+    monkeypatch.setattr(torch, "cat", counted)
+    monkeypatch.setattr(policy.pipe, "encode_prompt", encode_prompt)
+    cond = policy.encode([str(i % 4000) for i in range(5000)])
+    (longer,) = policy.table
+    assert len(longer) == len(table) + 4000 and sum(copied) <= 2 * longer.numel()
+    assert longer[cond].mean((1, 2)).tolist() == [i % 4000 for i in range(5000)]
+
+
+@pytest.mark.parametrize("objective, sign, lr, updates", [
+    ("clipped", 1, 0.03, 2),
+    ("reinforce", -1, 0.1, 1),
+])  # fmt: skip
+def test_it_learns(objective, sign, lr, updates, tmp_path):
+    """Brightness of a model that predicts x_0 with a coarse noise schedule, so that the noise of a
+    step shows in the image. Over seeds 0 to 3 the mean reward rose by 4.3 to 7.1 and 3.5 to 4.9
+    standard deviations of the first rewards; by chance alone it would change by 0.2."""
+
+    def brightness(images, prompts):
+        return sign * images.mean((1, 2, 3))
+
+    schedule = {"num_train_timesteps": 20, "beta_start": 0.2, "beta_end": 0.5}
+    model = save_tiny_pipeline(tmp_path / "model", prediction_type="sample", **schedule)
+    batches = {"images_per_epoch": 64, "sample_batch": 64, "micro_batch": 96}
+    learning = {"lr": lr, "clip_range": 0.02, "guidance_scale": 3.0, "epochs": 6}
+    how = {"objective": objective, "updates_per_epoch": updates, **learning, **batches}
+    run = train(model, tmp_path / "run", brightness, **how)
+    _, first, *_, last = read_metrics(run)
+    assert float(first["ratio_error"]) <= 1e-6
+    gain = float(last["reward_mean"]) - float(first["reward_mean"])
+    assert gain > 2.5 * float(first["reward_std"])

@@ -1,4 +1,5 @@
-"""Tiny random models for the tests of rewards.py, saved in the hub's layout so that the real loading code runs on them."""
+"""Tiny random models for the tests of rewards.py, saved in the hub's layout so that the real
+loading code runs on them."""
 
 import json
 
@@ -24,11 +25,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 VISION = {"image_size": 16, "patch_size": 8, **TOWER}
 PIXELS = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 
-# Chat templates of the two kinds there are: a space before every text, or a new line and the token that opens a text.
+# Chat templates of the two kinds there are: a space before every text, or a new line and the token
+# that opens a text.
 SPACED = """{% for turn in messages %}{{ turn.role.upper() }}:{% for part in turn.content %}\
 {{ "<image>" if part.type == "image" else " " + part.text }}{% endfor %}{{ "\\n" }}{% endfor %}\
 {{ "ASSISTANT:" if add_generation_prompt }}"""
@@ -38,7 +45,8 @@ LINED = """<s>{% for turn in messages %}{{ turn.role + "\\n" }}{% for part in tu
 
 
 def roughen(model, scale):
-    """As they are drawn, random weights make all images and all texts come out nearly alike; these do not."""
+    """As they are drawn, random weights make all images and all texts come out nearly alike; these
+    do not."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weights in model.named_parameters():
@@ -47,11 +55,12 @@ def roughen(model, scale):
     return model
 
 
-# ---------------------------------------------------------------- CLIP, the aesthetic head
+# ------------------------------------------------ CLIP, the aesthetic head
 
 
 def save_clip(folder, projection_dim=8):
-    """A CLIP that knows the letters a to z and reads at most 12 tokens, which its tokenizer's files do not say."""
+    """A CLIP that knows the letters a to z and reads at most 12 tokens, which its tokenizer's files
+    do not say."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True)
@@ -61,18 +70,22 @@ def save_clip(folder, projection_dim=8):
     CLIPImageProcessor(**PIXELS).save_pretrained(folder)
     ids = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
     text = {"vocab_size": len(tokens), "max_position_embeddings": 12, **ids, **TOWER}
-    model = roughen(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=projection_dim)), 0.2)
+    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=projection_dim)
+    model = roughen(CLIPModel(config), 0.2)
     model.logit_scale.data.fill_(2.0)
     model.save_pretrained(folder)
     return folder
 
 
 def laion_layers(dim=8):
-    """State dict of an aesthetic head: linear layers, numbered together with the dropout layers between them."""
+    """State dict of an aesthetic head: linear layers, numbered together with the dropout layers
+    between them."""
     torch.manual_seed(0)
-    sizes, layers = {0: (dim, 12), 2: (12, 10), 4: (10, 6), 6: (6, 4), 7: (4, 1)}, {}
+    sizes = {0: (dim, 12), 2: (12, 10), 4: (10, 6), 6: (6, 4), 7: (4, 1)}
+    layers = {}
     for i, (n_in, n_out) in sizes.items():
-        layers[f"layers.{i}.weight"], layers[f"layers.{i}.bias"] = torch.randn(n_out, n_in), torch.randn(n_out)
+        layers[f"layers.{i}.weight"] = torch.randn(n_out, n_in)
+        layers[f"layers.{i}.bias"] = torch.randn(n_out)
     return layers
 
 
@@ -83,35 +96,45 @@ def save_laion_head(path, dim=8):
     return path
 
 
-# ---------------------------------------------------------------- tokenizers, vision-language models, DeBERTa
+# ------------------------------------------------ tokenizers, vision-language models, DeBERTa
 
 
 def bpe_tokenizer(words, special, ends, **names):
-    """A byte-level BPE tokenizer as GPT-2's. Each of `words` is one token, and another with a space ("Ġ") in front; anything
-    else is spelt. `ends` is a text ("$A") with the special tokens that the tokenizer puts around it."""
+    """A byte-level BPE tokenizer as GPT-2's. Each of `words` is one token, and another with a space
+    (a "Ġ") in front; anything else is spelt. `ends` is a text ("$A") with the special tokens that
+    the tokenizer puts around it."""
     vocab, merges = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())], []
     for word in words:
         for first, second in [(word[:i], word[i]) for i in range(1, len(word))] + [("Ġ", word)]:
             if first + second not in vocab:
                 vocab.append(first + second)
                 merges.append((first, second))
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=merges))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    ids = [(token, i) for i, token in enumerate(special) if token in ends]
-    tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special, **names)
+    ids = {token: i for i, token in enumerate(vocab)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    around = [(token, i) for i, token in enumerate(special) if token in ends]
+    tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=around)
+    names["additional_special_tokens"] = special
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def chat_tokenizer(words=("Yes", "No", "figure", "image"), special=()):
     """Begins every text with <s>, as LLaVA's does."""
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": {"image_token": "<image>"}}
-    special = ["<pad>", "<s>", "</s>", "<image>", *special]
-    return bpe_tokenizer(words, special, "<s> $A", model_input_names=["input_ids", "attention_mask"], **names)
+    names = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "extra_special_tokens": {"image_token": "<image>"},
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    return bpe_tokenizer(words, ["<pad>", "<s>", "</s>", "<image>", *special], "<s> $A", **names)
 
 
 def language_model(tokenizer):
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, num_key_value_heads=2, **ids, **TOWER)
+    sizes = {"max_position_embeddings": 512, "num_key_value_heads": 2, **TOWER}
+    return LlamaConfig(vocab_size=len(tokenizer), **ids, **sizes)
 
 
 def save_vlm(folder, model, processor):
@@ -124,31 +147,51 @@ def save_vlm(folder, model, processor):
 def save_llava(folder, chat=SPACED, **tokenizer):
     """A LLaVA; an image of 16 x 16 pixels becomes 4 tokens."""
     tokenizer = chat_tokenizer(**tokenizer)
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=language_model(tokenizer), image_token_index=3,
-                         image_seq_length=4)  # fmt: skip
-    processor = LlavaProcessor(CLIPImageProcessor(**PIXELS), tokenizer, patch_size=8, vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1, chat_template=chat)  # fmt: skip
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=language_model(tokenizer),
+        image_token_index=3,
+        image_seq_length=4,
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessor(**PIXELS),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat,
+    )
     return save_vlm(folder, LlavaForConditionalGeneration(config), processor)
 
 
 def save_idefics3(folder, chat=SPACED):
-    """An Idefics3, which SmolVLM is; an image becomes one token for each of its four tiles of 16 x 16 pixels and one for all."""
+    """An Idefics3, which SmolVLM is; an image becomes one token for each of its four tiles of 16 x
+    16 pixels and one for all."""
     tiles = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
-    tokenizer = chat_tokenizer(special=["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles])
-    config = Idefics3Config(vision_config=VISION, text_config=language_model(tokenizer), image_token_id=3, scale_factor=2,
-                            pad_token_id=0)  # fmt: skip
+    marks = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
+    tokenizer = chat_tokenizer(special=marks)
+    config = Idefics3Config(
+        vision_config=VISION,
+        text_config=language_model(tokenizer),
+        image_token_id=3,
+        scale_factor=2,
+        pad_token_id=0,
+    )
     images = Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=chat)
     return save_vlm(folder, Idefics3ForConditionalGeneration(config), processor)
 
 
 def save_deberta(folder):
-    """A DeBERTa of 3 layers; its tokenizer says how much it can read, without which bert-score does not run."""
+    """A DeBERTa of 3 layers; its tokenizer says how much it can read, without which bert-score does
+    not run."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     names = dict(zip(("pad_token", "cls_token", "sep_token", "unk_token", "mask_token"), special))
-    tokenizer = bpe_tokenizer(["The", "image", "contains", "a"], special, "[CLS] $A [SEP]", model_max_length=256, **names)
+    names["model_max_length"] = 256
+    words = ["The", "image", "contains", "a"]
+    tokenizer = bpe_tokenizer(words, special, "[CLS] $A [SEP]", **names)
     tokenizer.save_pretrained(folder)
     relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pad_token_id": 0}
-    config = DebertaConfig(**{**TOWER, "num_hidden_layers": 3, "vocab_size": len(tokenizer), **relative})
-    roughen(DebertaModel(config), 0.2).save_pretrained(folder)
+    sizes = {**TOWER, "num_hidden_layers": 3, "vocab_size": len(tokenizer)}
+    roughen(DebertaModel(DebertaConfig(**sizes, **relative)), 0.2).save_pretrained(folder)
     return folder
