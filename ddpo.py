@@ -377,6 +377,7 @@ def train(run, terms, prompts, eval_prompts, folder, update=update):
         log.append({"epoch": 0, "queries": 0, "seconds": 0.0, "eval_reward": reward})
     for epoch in range(len(log), settings.epochs + 1):
         if run.too_far(log[-1]):
+            print(f"stopped at {log[-1]['kl']:.1f} nats, past --kl-stop {settings.kl_stop}")
             break
         start = time.time()
         noise, choice = random_numbers(settings, epoch, policy.device)
@@ -782,7 +783,7 @@ def load_prompts(name):
 
 def pick_device(name):
     """The torch.device of that name, or for "auto" the best one of this machine."""
-    best = "mps" if torch.mps.is_available() else "cpu"
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
     best = "cuda" if torch.cuda.is_available() else best
     with explained(f"device {name}: not on this machine, which has {best}"):
         return torch.empty(0, device=best if name == "auto" else name).device
