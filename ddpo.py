@@ -630,8 +630,8 @@ class Run:
     def __init__(self, settings, policy):
         self.settings = settings
         self.policy = policy
-        decay = settings.weight_decay
-        self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, weight_decay=decay)
+        own = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        self.optimizer = torch.optim.AdamW(policy.weights, **own)
         fp16 = policy.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
         enough = min(settings.stats_min_count, settings.stats_buffer)
@@ -860,8 +860,8 @@ def launch(settings, folder=None, reward=None, update=update, run_class=Run):
     versions = {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)}
     with whole_file(folder / "config.json") as tmp:
         tmp.write_text(json.dumps({**asdict(settings), "made_with": versions}, indent=2) + "\n")
-    weights = sum(weight.numel() for weight in policy.weights)
-    print(f"trains {weights:,} weights of {settings.model} on {device} in {policy.dtype};"
+    size = sum(weight.numel() for weight in policy.weights)
+    print(f"trains {size:,} weights of {settings.model} on {device} in {policy.dtype};"
           f" an epoch is {settings.images_per_epoch} images of {settings.steps} steps,"
           f" {policy.steps_learned} of them learned from; results go to {folder}", flush=True)
     try:
@@ -871,12 +871,13 @@ def launch(settings, folder=None, reward=None, update=update, run_class=Run):
                 policy.pipe.save_pretrained(folder / "pipeline")
     except (UserError, KeyboardInterrupt, torch.cuda.OutOfMemoryError) as error:
         why = str(error).partition("\n")[0] or "stopped"
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            why += "; lower --sample-batch and --micro-batch, or add --grad-checkpointing"
         how = f"python ddpo.py --resume {shlex.quote(str(folder))}"
         raise UserError(f"{why}; go on with: {how}") from error.__cause__
-    before = run.log[0]["eval_reward"]
-    after = run.log[-1]["eval_reward"]
-    print(f"reward on the same prompts and noise: {before:.3f} before, {after:.3f} after;"
-          f" see {folder / 'samples'}/epoch_{run.log[-1]['epoch']:04d}.png")
+    first, last = run.log[0], run.log[-1]
+    print(f"reward on the same prompts and noise: {first['eval_reward']:.3f} before,"
+          f" {last['eval_reward']:.3f} after; see {folder}/samples/epoch_{last['epoch']:04d}.png")
     return folder
 
 

@@ -85,21 +85,16 @@ BATCHES = {"sdxl": ["--sample-batch=4"]}  # to decode more at once would take te
 
 
 def random_pipeline(arch, device):
-    """A pipeline of that architecture, made on the device; on CUDA in half precision, as Policy
-    wants it. The tokenizer is the bundled model's, whose ids the text encoder knows."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16 if device.type == "cuda" else usual)
-    try:
-        with torch.device(device):
-            unet = diffusers.UNet2DConditionModel(**UNETS[arch])
-            vae = diffusers.AutoencoderKL(**VAE, **VAES[arch])
-            config = transformers.CLIPTextConfig(**CLIP_L)
-            text = [transformers.CLIPTextModel(config)]
-            if arch == "sdxl":
-                config = transformers.CLIPTextConfig(**CLIP_G)
-                text.append(transformers.CLIPTextModelWithProjection(config))
-    finally:
-        torch.set_default_dtype(usual)
+    """A pipeline of that architecture, made on the device, in float32 as a file's would be. The
+    tokenizer is the bundled model's, whose ids the text encoder knows."""
+    with torch.device(device):
+        unet = diffusers.UNet2DConditionModel(**UNETS[arch])
+        vae = diffusers.AutoencoderKL(**VAE, **VAES[arch])
+        config = transformers.CLIPTextConfig(**CLIP_L)
+        text = [transformers.CLIPTextModel(config)]
+        if arch == "sdxl":
+            config = transformers.CLIPTextConfig(**CLIP_G)
+            text.append(transformers.CLIPTextModelWithProjection(config))
     vocabulary = ddpo.EXAMPLES / "emoji-diffusion/tokenizer"
     tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary, model_max_length=77)
     tokenizers = [tokenizer] * len(text)
