@@ -490,4 +490,5 @@ def test_out_of_gpu_memory(start, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(ddpo.Policy, "predict", greedy)
     line = failure(capsys, *start(tmp_path / "run"))
-    assert "CUDA out of memory. Tried 20.00 GiB.; go on with: python ddpo.py --resume " in line
+    assert "CUDA out of memory. Tried 20.00 GiB.; lower --sample-batch and --micro-batch" in line
+    assert "go on with: python ddpo.py --resume " in line and "\n" not in line
