@@ -3,6 +3,7 @@
     pip install matplotlib
     python examples/plot.py runs/compressibility   # one curve
     python examples/plot.py runs/is-0 runs/is-1 runs/sf-0 runs/sf-1   # two, each of two seeds
+    python examples/plot.py --gif runs/compressibility   # its pictures, moving; no matplotlib
 
 Runs whose config.json differs only in the seed (and the folder) share a curve: their mean, and a
 band from the lowest to the highest. Of runs with the same seed each has a curve of its own.
@@ -11,10 +12,12 @@ band from the lowest to the highest. Of runs with the same seed each has a curve
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageOps
 
 COLUMNS = ["reward_mean", "kl", "diversity"]
 TITLES = {"reward_mean": "reward", "kl": "KL to the pretrained model, nats"}  # else the name
@@ -48,18 +51,37 @@ def groups(runs):
     return by_label
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--columns", nargs="+", default=COLUMNS, help="of metrics.csv")
-    parser.add_argument("--out", default="plot.png", help="the picture")
-    args = parser.parse_args()
-    heights = [2, *[1] * (len(args.columns) - 1)]
+def animate(run, out):
+    """Save the pictures of a run's evaluations, always the same prompts and noise, as a GIF."""
+    frames = []
+    for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()):
+        path = run / "samples" / f"epoch_{int(row['epoch']):04d}.png"
+        if path.is_file() and row["eval_reward"]:
+            picture = Image.open(path).convert("RGB")
+            tiles = [picture.crop((x, picture.height - 162, x + 144, picture.height))
+                     for x in range(0, picture.width, 144)]  # the lower row is the epoch's own
+            columns = (len(tiles) + 1) // 2
+            tiles += [Image.new("RGB", (144, 162), "white")] * (2 * columns - len(tiles))
+            frame = ImageOps.expand(make_image_grid(tiles, 2, columns), (0, 20, 0, 0), "white")
+            text = f"epoch {row['epoch']}, mean reward {float(row['eval_reward']):.2f}"
+            ImageDraw.Draw(frame).text((2, 4), text, fill="black", font_size=14)
+            frames.append(frame.quantize(128, dither=Image.Dither.NONE))
+    if not frames:
+        sys.exit(f"plot.py: error: {run} has no pictures of evaluations")
+    hold = [600] * (len(frames) - 1) + [2000]  # milliseconds
+    frames[0].save(out, save_all=True, append_images=frames[1:], duration=hold, loop=0)
+
+
+def draw(runs, columns, out):
+    """Plot these columns, a panel each."""
+    import matplotlib.pyplot as plt  # here, since a GIF needs none
+
+    heights = [2, *[1] * (len(columns) - 1)]
     size = {"figsize": (7, 2 * sum(heights)), "height_ratios": heights}
     figure, axes = plt.subplots(len(heights), 1, sharex=True, squeeze=False, **size)
-    for label, runs in groups(args.runs).items():
-        for axis, column in zip(axes[:, 0], args.columns):
-            curves = [read(run, args.columns)[1].get(column) for run in runs]
+    for label, group in groups(runs).items():
+        for axis, column in zip(axes[:, 0], columns):
+            curves = [read(run, columns)[1].get(column) for run in group]
             curves = [curve for curve in curves if curve is not None]
             if curves:
                 queries = max((x for x, _ in curves), key=len)  # past its end a run has no value
@@ -71,8 +93,25 @@ def main():
     axes[0, 0].legend()
     axes[-1, 0].set_xlabel("reward queries")
     figure.tight_layout()
-    figure.savefig(args.out, dpi=130)
-    print(f"saved {args.out}")
+    figure.savefig(out, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--columns", nargs="+", default=COLUMNS, help="of metrics.csv")
+    parser.add_argument("--gif", action="store_true", help="the pictures of one run, moving")
+    parser.add_argument("--out", help="the picture; default: plot.png, or run.gif in the run")
+    args = parser.parse_args()
+    for run in args.runs:
+        if not (run / "metrics.csv").is_file():
+            sys.exit(f"plot.py: error: {run} has no metrics.csv: name the folder of a run")
+    out = args.out or (args.runs[0] / "run.gif" if args.gif else "plot.png")
+    if args.gif:
+        animate(args.runs[0], out)
+    else:
+        draw(args.runs, args.columns, out)
+    print(f"saved {out}")
 
 
 if __name__ == "__main__":

@@ -191,3 +191,34 @@ def test_overoptimisation_goes_on_without_the_limit(tmp_path, monkeypatch):
     assert new is None and resumed == str(tmp_path / "free-1")
     assert (held.reward, held.kl_stop, held.seed, held.epochs) == ("incompressibility", 500, 1, 80)
     assert vars(free) == {**vars(held), "kl_stop": 0.0}
+
+
+def test_a_gif_shows_the_evaluations_in_their_order(tmp_path, monkeypatch):
+    """Each picture after the first repeats it above its own row, which is what is shown."""
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    rows = ["epoch,eval_reward", "0,-2.0", "1,", "2,-1.5", "4,-1.0"]
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    first = Image.new("RGB", (3 * 144, 162), (255, 0, 0))
+    first.save(run / "samples/epoch_0000.png")
+    for epoch, colour in [(2, (0, 255, 0)), (4, (0, 0, 255))]:
+        both = Image.new("RGB", (3 * 144, 2 * 162), colour)
+        both.paste(first, (0, 0))
+        both.save(run / f"samples/epoch_{epoch:04d}.png")
+    run_script("plot.py", monkeypatch, "--gif", run)
+    with Image.open(run / "run.gif") as gif:
+        assert gif.n_frames == 3 and gif.info["loop"] == 0
+        seen = []
+        for frame in range(3):
+            gif.seek(frame)
+            seen.append((gif.convert("RGB").getpixel((70, 100)), gif.info["duration"]))
+        assert gif.size == (2 * 144, 20 + 2 * 162)
+    assert seen == [((255, 0, 0), 600), ((0, 255, 0), 600), ((0, 0, 255), 2000)]
+
+
+def test_a_run_without_pictures_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text("epoch,eval_reward\n0,-2.0\n")
+    with pytest.raises(SystemExit, match="no pictures of evaluations"):
+        run_script("plot.py", monkeypatch, "--gif", tmp_path)
+    with pytest.raises(SystemExit, match="no metrics.csv"):
+        run_script("plot.py", monkeypatch, "--gif", tmp_path / "gone")
