@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 COLUMNS = ["reward_mean", "kl", "diversity"]
 TITLES = {"reward_mean": "reward", "kl": "KL to the pretrained model, nats"}  # else the name
@@ -54,15 +53,18 @@ def groups(runs):
 def animate(run, out):
     """Save the pictures of a run's evaluations, always the same prompts and noise, as a GIF."""
     frames = []
+    height = 0
     for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()):
         path = run / "samples" / f"epoch_{int(row['epoch']):04d}.png"
-        if path.is_file() and row["eval_reward"]:
-            picture = Image.open(path).convert("RGB")
-            tiles = [picture.crop((x, picture.height - 162, x + 144, picture.height))
-                     for x in range(0, picture.width, 144)]  # the lower row is the epoch's own
+        if path.is_file() and row.get("eval_reward"):
+            picture = Image.open(path)
+            height = height or picture.height  # later ones repeat the first above
+            tiles = range(0, picture.width, 144)
             columns = (len(tiles) + 1) // 2
-            tiles += [Image.new("RGB", (144, 162), "white")] * (2 * columns - len(tiles))
-            frame = ImageOps.expand(make_image_grid(tiles, 2, columns), (0, 20, 0, 0), "white")
+            frame = Image.new("RGB", (144 * columns, 20 + 2 * height), "white")
+            for n, x in enumerate(tiles):  # in two rows
+                tile = picture.crop((x, picture.height - height, x + 144, picture.height))
+                frame.paste(tile, (n % columns * 144, 20 + n // columns * height))
             text = f"epoch {row['epoch']}, mean reward {float(row['eval_reward']):.2f}"
             ImageDraw.Draw(frame).text((2, 4), text, fill="black", font_size=14)
             frames.append(frame.quantize(128, dither=Image.Dither.NONE))
@@ -103,6 +105,8 @@ def main():
     parser.add_argument("--gif", action="store_true", help="the pictures of one run, moving")
     parser.add_argument("--out", help="the picture; default: plot.png, or run.gif in the run")
     args = parser.parse_args()
+    if args.gif and len(args.runs) > 1:
+        sys.exit("plot.py: error: --gif takes one run")
     for run in args.runs:
         if not (run / "metrics.csv").is_file():
             sys.exit(f"plot.py: error: {run} has no metrics.csv: name the folder of a run")

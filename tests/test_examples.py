@@ -199,21 +199,20 @@ def test_a_gif_shows_the_evaluations_in_their_order(tmp_path, monkeypatch):
     (run / "samples").mkdir(parents=True)
     rows = ["epoch,eval_reward", "0,-2.0", "1,", "2,-1.5", "4,-1.0"]
     (run / "metrics.csv").write_text("\n".join(rows) + "\n")
-    first = Image.new("RGB", (3 * 144, 162), (255, 0, 0))
-    first.save(run / "samples/epoch_0000.png")
-    for epoch, colour in [(2, (0, 255, 0)), (4, (0, 0, 255))]:
-        both = Image.new("RGB", (3 * 144, 2 * 162), colour)
-        both.paste(first, (0, 0))
-        both.save(run / f"samples/epoch_{epoch:04d}.png")
+    for epoch, colour in [(0, (1, 0, 0)), (2, (0, 1, 0)), (4, (0, 0, 1))]:
+        images = torch.tensor(colour).view(1, 3, 1, 1).expand(3, 3, 64, 64)
+        ddpo.save_pictures(images, ["cat"] * 3, run / f"samples/epoch_{epoch:04d}.png")
     run_script("plot.py", monkeypatch, "--gif", run)
     with Image.open(run / "run.gif") as gif:
         assert gif.n_frames == 3 and gif.info["loop"] == 0
         seen = []
         for frame in range(3):
             gif.seek(frame)
-            seen.append((gif.convert("RGB").getpixel((70, 100)), gif.info["duration"]))
-        assert gif.size == (2 * 144, 20 + 2 * 162)
-    assert seen == [((255, 0, 0), 600), ((0, 255, 0), 600), ((0, 0, 255), 2000)]
+            pixels = [gif.convert("RGB").getpixel(at) for at in ((70, 21), (70, 23), (70, 200))]
+            seen.append((*pixels, gif.info["duration"]))
+        assert gif.size == (2 * 144, 20 + 2 * 160)
+    white, red, green, blue = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    assert seen == [(white, red, red, 600), (white, green, green, 600), (white, blue, blue, 2000)]
 
 
 def test_a_run_without_pictures_is_one_line(tmp_path, monkeypatch):
