@@ -5,8 +5,7 @@ Black et al., "Training Diffusion Models with Reinforcement Learning", ICLR 2024
     python ddpo.py --reward aesthetic --model stable-diffusion-v1-5/stable-diffusion-v1-5   # GPU
 
 Denoising is a Markov decision process: the state is (c, t, x_t), the action is x_{t-1}, the policy
-is the Gaussian that one denoising step draws it from, and a reward r(x_0, c) comes at the end.
-So the policy gradient applies:
+is the Gaussian that one step draws it from, and a reward r(x_0, c) comes at the end. So:
 
     for every epoch:
         draw prompts c; sample x_T ... x_0; keep every latent and its log-probability     (rollout)
@@ -21,8 +20,6 @@ Rooms 1 to 5 are the method, in the paper's order; rooms 6 to 8 are what it stan
 Names: x_t and x_prev (x_{t-1}); cond (c, as a row in the table of encoded prompts); eps (predicted
 noise, after guidance); mean, std, logp (of the policy), logp_old (of the policy that sampled).
 Shapes: B or N images, T denoising steps, P (image, step) pairs, K rewards, latents of C x H x W.
-Left out of the textbook algorithm: a value network, whose part each prompt's statistics play, and
-discounting, which the paper has not. A KL penalty to the pretrained model is there, but off.
 """
 
 import argparse
@@ -77,7 +74,7 @@ class Settings:
     images_per_epoch: int = 64  # images sampled in an epoch (the paper: 256)
     steps: int = 20  # denoising steps of an image (the paper: 50)
     guidance_scale: float = 5.0  # classifier-free guidance; none at 1 or below
-    samples_per_prompt: int = 1  # images of a prompt drawn, compared with each other
+    samples_per_prompt: int = 1  # above 1: groups of images from one noise, compared
     eta: float = 1.0  # noise of a step: 1 is DDPM's; 0 leaves nothing to learn
     sample_batch: int = 8  # images sampled and scored at once
     reward_device: str = ""  # where the rewards' networks run; empty: --device
@@ -92,7 +89,7 @@ class Settings:
     min_std: float = 0.0  # steps of less noise are not learned (the paper: all)
     adv_clip: float = 5.0  # advantages are clipped to +- this
     lora_rank: int = 4  # rank of the LoRA; 0 trains the whole UNet
-    init_lora: str = ""  # LoRA file in diffusers' layout to start from
+    init_lora: str = ""  # LoRA file to start from, of --lora-rank
     weight_decay: float = 1e-4  # AdamW's
     grad_clip: float = 1.0  # the gradient's norm is clipped to this
     stats_buffer: int = 32  # rewards remembered of each prompt
@@ -134,13 +131,13 @@ class Settings:
 
 def ddim_mean_std(scheduler, output, t, x_t, eta=1.0):
     """Mean (B, C, H, W) and std (B, 1, 1, 1) of p(x_{t-1} | x_t, c), float32, from the network's
-    output. Song et al. 2021 (DDIM), equations 12 and 16. The timesteps t (B,) may differ."""
+    output at timesteps t (B,). Song et al. 2021 (DDIM), equations 12 and 16."""
     config = scheduler.config
-    abar = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)])
-    abar_t = abar[t].view(-1, 1, 1, 1)
+    abars = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)
+    abar = torch.cat([part.to(t.device) for part in abars]).view(-1, 1, 1, 1)
     t_prev = t - config.num_train_timesteps // scheduler.num_inference_steps
-    abar_prev = abar[t_prev.clamp(min=-1)].view(-1, 1, 1, 1)  # of the last step: the final one
-
+    abar_t = abar[t]
+    abar_prev = abar[t_prev.clamp(min=-1)]  # of the last step: the final one
     signal = abar_t.sqrt()  # x_t = signal * x_0 + sigma * eps
     sigma = (1 - abar_t).sqrt()
     if config.prediction_type == "epsilon":
@@ -166,7 +163,7 @@ def ddim_mean_std(scheduler, output, t, x_t, eta=1.0):
 def ddim_step(scheduler, output, t, x_t, eta=1.0, x_prev=None, generator=None):
     """Draw x_{t-1} ~ N(mean, std^2), or take `x_prev` as drawn. Returns it, in x_t's dtype, and
     logp (B,), the *mean* over the C * H * W dimensions of log N(x_prev; mean, std^2), as in the
-    paper's code. Where std is 0 the step is deterministic: logp is 0 and has no gradient."""
+    paper's code. A deterministic step (std 0) has logp 0, without gradient."""
     mean, std = ddim_mean_std(scheduler, output, t, x_t, eta)
     if x_prev is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -182,11 +179,10 @@ def ddim_step(scheduler, output, t, x_t, eta=1.0, x_prev=None, generator=None):
 
 
 @torch.no_grad()
-def rollout(policy, prompts, generator):
-    """An image for each of B prompts: the latents x (B, T+1, C, H, W), noise first; logp (B, T)."""
+def rollout(policy, prompts, x_T, generator):
+    """Denoise x_T (B, C, H, W) for B prompts: all latents x (B, T+1, C, H, W) and logp (B, T)."""
     cond = policy.encode(prompts)
-    shape = (len(prompts), *policy.latent_shape)
-    x = [torch.randn(shape, generator=generator, device=policy.device)]
+    x = [x_T]
     logps = []
     for t in policy.scheduler.timesteps:
         t = t.expand(len(prompts))
@@ -212,18 +208,22 @@ def score(terms, images, prompts):
             raise UserError(f"reward {label} returned shape {shapes}, a number for each image")
         total += weight * reward
         columns.append(reward)
-        for prompt, value in zip(prompts, total.tolist()):
-            if not math.isfinite(value):
-                raise UserError(f"{weight} * reward {label} is not finite for {prompt!r}")
+        worst = total.isfinite().int().argmin()
+        if not total[worst].isfinite():
+            raise UserError(f"{weight} * reward {label} is not finite for {prompts[worst]!r}")
     return torch.stack([total, *columns], 1)
 
 
-def sample(policy, terms, prompts, batch_size, generator):
-    """Roll out and score N prompts: x (N, T+1, C, H, W), logp (N, T), scores (N, 1 + K)."""
+def sample(policy, terms, prompts, batch_size, generator, group=1):
+    """Roll out and score N prompts: x (N, T+1, C, H, W), logp (N, T), scores (N, 1 + K). Each
+    `group` of them starts from the same noise: what differs then is due to the policy's steps."""
+    shape = (len(prompts) // group, *policy.latent_shape)
+    x_T = torch.randn(shape, generator=generator, device=policy.device)
+    x_T = x_T.repeat_interleave(group, 0)
     parts = []
     for i in tqdm(range(0, len(prompts), batch_size), "sample", leave=False, disable=None):
         batch = prompts[i : i + batch_size]
-        x, logp = rollout(policy, batch, generator)
+        x, logp = rollout(policy, batch, x_T[i : i + batch_size], generator)
         images = policy.decode(x[:, -1])
         if not (x.isfinite().all() and images.isfinite().all()):
             raise UserError("samples are not finite: damaged weights, or try --precision fp32")
@@ -235,18 +235,23 @@ def sample(policy, terms, prompts, batch_size, generator):
 
 
 class PromptStats:
-    """The recent rewards of each prompt. They play the part of a value function: an advantage
-    compares a reward with what the same prompt usually gets. A prompt with fewer than `min_count`
-    rewards is compared with the whole batch."""
+    """The recent rewards of each prompt, in the place of a value function. A prompt with fewer
+    than `min_count` of them is compared with the whole batch. Groups of several images, which
+    started from the same noise, need no memory: theirs is the mean of the group (GRPO)."""
 
-    def __init__(self, buffer_size=32, min_count=16):
+    def __init__(self, buffer_size=32, min_count=16, group=1):
         self.buffer_size = buffer_size
         self.min_count = min_count
+        self.group = group
         self.buffers = {}
 
     def advantages(self, prompts, rewards):
         """Remember the rewards (B,) of the B prompts; (rewards - mean) / std, (B,) float32."""
         rewards = np.asarray(rewards, dtype=np.float64)  # integers would truncate the advantages
+        if self.group > 1:  # the std is that of all, as a small group has hardly one of its own
+            groups = rewards.reshape(-1, self.group)
+            adv = (groups - groups.mean(1, keepdims=True)).flatten()
+            return torch.tensor(adv / (adv.std() + 1e-6), dtype=torch.float32)
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.buffers.setdefault(prompt, []).append(reward)
         adv = []
@@ -264,21 +269,19 @@ class PromptStats:
 
 def clipped_loss(logp, logp_old, adv, clip_range):
     """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (P,). So samples
-    serve several updates: beyond the clip range a pair that is favoured already stops pulling."""
+    serve several updates."""
     ratio = torch.exp(logp - logp_old)
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def reinforce_loss(logp, adv):
-    """DDPO-SF (section 4.3): the score function estimator, for each pair, (P,). Right only for
-    samples of the present policy."""
+    """DDPO-SF (section 4.3): the score function estimator, (P,), for samples of this policy."""
     return -adv * logp
 
 
 def kl_to_pretrained(policy, eps, x_t, t, cond):
-    """KL(p_theta || p_pretrained) of denoising steps in nats, (P,). Both Gaussians have the same
-    std, so it is ||mean - mean_pretrained||^2 / (2 std^2). Over a trajectory it adds up to a bound
-    of the KL between the two models' images."""
+    """KL(p_theta || p_pretrained) of denoising steps in nats, (P,): of Gaussians with one std it is
+    ||mean - mean_pretrained||^2 / (2 std^2). A trajectory's sum bounds the KL of the images."""
     with torch.no_grad(), without_lora():
         eps_pretrained = policy.predict(x_t, t, cond)
     mean, std = ddim_mean_std(policy.scheduler, eps, t, x_t, policy.eta)
@@ -288,8 +291,8 @@ def kl_to_pretrained(policy, eps, x_t, t, cond):
 
 @torch.no_grad()
 def measure_kl(policy, x, cond, generator):
-    """Nats per trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained
-    model: an unbiased estimate from a sixteenth of the images, over the steps learned from."""
+    """Nats of a trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained
+    model, over the steps learned from: an unbiased estimate from a sixteenth of the images."""
     images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
     total = 0.0
     for pairs in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch):
@@ -300,11 +303,11 @@ def measure_kl(policy, x, cond, generator):
     return float(total) / len(images)
 
 
-def spread(x_0, prompts):
+def spread(x_0, cond):
     """Mean distance of the final latents (N, C, H, W) of the same prompt; None if none has two."""
-    x_0 = x_0.flatten(1).cpu()  # not every device has pdist
-    groups = [[p == prompt for p in prompts] for prompt in dict.fromkeys(prompts)]
-    distances = torch.cat([torch.pdist(x_0[group]) for group in groups])
+    x_0 = x_0.flatten(1)
+    same = (cond[:, None] == cond).triu(1)
+    distances = torch.cdist(x_0, x_0, compute_mode="donot_use_mm_for_euclid_dist")[same]
     return distances.mean().item() if len(distances) else None
 
 
@@ -339,32 +342,33 @@ def pair_loss(policy, settings, samples, pairs):
 
 
 def update(run, samples, generator):
-    """Deal the N images into minibatches and take an optimizer step on each; an epoch's metrics.
-
-    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,). A gradient is the mean over
-    a minibatch's (image, step) pairs, added up in micro-batches."""
+    """Deal N images into minibatches and take an optimizer step on each, with the mean gradient of
+    its (image, step) pairs, added up in micro-batches. Returns the epoch's metrics.
+    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,)."""
     policy = run.policy
     images = torch.randperm(len(samples[0]), generator=generator).to(policy.device)
-    totals = torch.zeros(3, device=policy.device)
-    off_at_first = []
+    minibatches = images.chunk(run.settings.updates_per_epoch)
+    seen = []
     norms = []
-    parts = images.chunk(run.settings.updates_per_epoch)
-    for minibatch in tqdm(parts, "update", leave=False, disable=None):
+    for minibatch in tqdm(minibatches, "update", leave=False, disable=None):
         pairs = choose_pairs(policy, minibatch, generator)
         for micro in pairs.split(policy.micro_batch):
             loss, log_ratio = pair_loss(policy, run.settings, samples, micro)
             run.scaler.scale(loss.sum() / len(pairs)).backward()
-            off = (log_ratio.exp() - 1).abs()
-            clipped = (off > policy.clip_range).sum()
-            totals += torch.stack([loss.detach().sum(), clipped, (log_ratio**2).sum() / 2])
-            if not norms:  # before the first step the two policies are one
-                off_at_first.append(off.max())
+            seen.append(torch.stack([loss.detach(), log_ratio]))
         norms.append(run.step())
-    loss, clip_fraction, approx_kl = (totals / (len(images) * policy.steps_learned)).tolist()
-    ratio_error = torch.stack(off_at_first).max().item()
-    skipped = sum(not math.isfinite(norm) for norm in norms)
-    return {"loss": loss, "ratio_error": ratio_error, "clip_fraction": clip_fraction,
-            "approx_kl": approx_kl, "grad_norm": float(np.mean(norms)), "skipped": skipped}
+    loss, log_ratio = torch.cat(seen, 1)  # of all pairs
+    off = (log_ratio.exp() - 1).abs()
+    first = len(minibatches[0]) * policy.steps_learned
+    metrics = {
+        "loss": loss.mean(),
+        "ratio_error": off[:first].max(),  # before the first step the two policies are one
+        "clip_fraction": (off > policy.clip_range).float().mean(),
+        "approx_kl": (log_ratio**2).mean() / 2,
+        "grad_norm": np.mean(norms),
+        "skipped": sum(not math.isfinite(norm) for norm in norms),
+    }
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def train(run, terms, prompts, eval_prompts, folder, update=update):
@@ -377,14 +381,15 @@ def train(run, terms, prompts, eval_prompts, folder, update=update):
         log.append({"epoch": 0, "queries": 0, "seconds": 0.0, "eval_reward": reward})
     for epoch in range(len(log), settings.epochs + 1):
         if run.too_far(log[-1]):
-            print(f"stopped at {log[-1]['kl']:.1f} nats, past --kl-stop {settings.kl_stop}")
+            print(f"stopped at {log[-1].get('kl', 0):.1f} nats")
             break
         start = time.time()
         noise, choice = random_numbers(settings, epoch, policy.device)
-        groups = settings.images_per_epoch // settings.samples_per_prompt
-        chosen = torch.randint(len(prompts), (groups,), generator=choice)
-        drawn = [prompts[i] for i in chosen.repeat_interleave(settings.samples_per_prompt)]
-        x, logp_old, scores = sample(policy, terms, drawn, settings.sample_batch, noise)
+        group = settings.samples_per_prompt
+        count = settings.images_per_epoch // group
+        chosen = torch.randint(len(prompts), (count,), generator=choice)
+        drawn = [prompts[i] for i in chosen.repeat_interleave(group)]
+        x, logp_old, scores = sample(policy, terms, drawn, settings.sample_batch, noise, group)
         cond = policy.encode(drawn)
         adv = run.stats.advantages(drawn, scores[:, 0])
         adv = adv.clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
@@ -415,7 +420,7 @@ def train(run, terms, prompts, eval_prompts, folder, update=update):
 
 class Policy:
     """What DDPO needs of a diffusers pipeline: encode prompts, predict noise, decode latents.
-    A DDPM of pixels is unconditional: no prompts, no guidance, no VAE; its latents are images."""
+    A DDPM has no prompts, no guidance and no VAE: its latents are images."""
 
     def __init__(self, settings, device):
         self.device = device
@@ -432,8 +437,7 @@ class Policy:
         self.set_steps(settings)
         height, width = np.broadcast_to(self.unet.config.sample_size, 2).tolist()
         self.latent_shape = (self.unet.config.in_channels, height, width)
-        # logp is a mean over the latent's dimensions, so the paper's 1e-4 on 4 x 64 x 64 of them
-        # clips the joint log-ratio at 1.6384 nats. Here it is that for every size of latent.
+        # logp is a mean over dimensions: the paper's 1e-4 is 1.6384 nats of its 4 x 64 x 64.
         self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
         # As many pairs at a time as images were sampled: half precision then rounds both alike.
         self.micro_batch = settings.micro_batch or settings.sample_batch
@@ -471,12 +475,9 @@ class Policy:
         config = {"clip_sample": not self.conditional, **self.pipe.scheduler.config}
         self.scheduler = scheduler = DDIMScheduler.from_config(config)
         scheduler.set_timesteps(settings.steps, device=self.device)
-        # On the device once and for all: a copy would make it wait in every step.
-        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
-        scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.to(self.device)
         self.eta = settings.eta
-        # A deterministic step has no log-probability to learn from. Nearly deterministic ones are
-        # not worth it: their noise does not show, but their gradient, in 1 / std, drowns the rest.
+        # A deterministic step has nothing to learn from. Nearly deterministic ones are not worth
+        # it: their noise does not show, but their gradient, in 1 / std, drowns the rest.
         zero = torch.zeros(settings.steps, 1, 1, 1, device=self.device)
         _, std = ddim_mean_std(scheduler, zero, scheduler.timesteps, zero, self.eta)
         self.trained_steps = (std.flatten() > settings.min_std).nonzero().flatten()
@@ -498,8 +499,7 @@ class Policy:
         return torch.tensor([self.prompts.index(p) + 1 for p in prompts], device=self.device)
 
     def predict(self, x_t, t, cond):
-        """The network's output for x_t (B, C, H, W), t (B,), cond (B,), in float32, with guidance:
-        eps_uncond + scale * (eps_cond - eps_uncond)."""
+        """The network's output for x_t (B, C, H, W), t (B,), cond (B,), float32, with guidance."""
         guided = self.guidance_scale > 1
         if guided:
             x_t = torch.cat([x_t, x_t])
@@ -559,15 +559,15 @@ class LoRALinear(nn.Module):
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
+        nn.init.normal_(self.lora_A.weight, std=1 / rank)  # as in diffusers
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
         x = x.contiguous()  # half precision rounds others differently when it learns from them
         y = self.base(x)
-        if self.on:  # in place, because passes over y are what a LoRA costs
-            a = self.lora_A.weight.to(y.dtype)
-            b = self.lora_B.weight.to(y.dtype)
-            y.view(-1, y.shape[-1]).addmm_(nn.functional.linear(x, a).flatten(0, -2), b.T)
+        if self.on:
+            low = nn.functional.linear(x, self.lora_A.weight.to(y.dtype))
+            y = y + nn.functional.linear(low, self.lora_B.weight.to(y.dtype))
         return y
 
 
@@ -599,26 +599,19 @@ def save_lora(unet, path):
         save_file(lora, tmp, {"format": "pt"})
 
 
-def read_lora(path):
-    """The LoRA of a file in diffusers' layout, as a state dict of the UNet, and its rank."""
-    with explained(f"--init-lora {path}: not a file with a LoRA of one rank, and alpha its rank"):
+def load_lora(unet, rank, path):
+    """Load a file in diffusers' layout into the UNet's LoRA layers. It must be of the same ones."""
+    with explained(f"--init-lora {path}: no LoRA of this model whose rank and alpha are {rank}"):
         with safe_open(path, "pt") as file:
             lora = {k.removeprefix("unet."): file.get_tensor(k) for k in file.keys()}
             about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        (rank,) = {len(weight) for k, weight in lora.items() if k.endswith("lora_A.weight")}
-        scales = {str(about[k]) for k in about if "alpha" in k or "rslora" in k}
-        if scales - {str(rank), "False", "{}"}:
-            raise ValueError("it scales its layers")
-    return lora, rank
-
-
-def load_lora(unet, path):
-    """Load the LoRA of a file into the UNet's LoRA layers, which must be the same ones."""
-    with explained(f"--init-lora {path}: does not fit the model and --lora-rank"):
-        missing, unexpected = unet.load_state_dict(read_lora(path)[0], strict=False)
+        missing, unexpected = unet.load_state_dict(lora, strict=False)
         other = unexpected + [k for k in missing if ".lora_" in k]
         if other:
             raise ValueError(f"it is of other layers, see {other[0]}")
+        scales = {str(about[k]) for k in about if "alpha" in k or "rslora" in k}
+        if scales - {str(rank), "False", "{}"}:
+            raise ValueError("it scales its layers")
 
 
 # ---------------------------------------------------- 7. the run folder: state, metrics, pictures
@@ -630,14 +623,12 @@ class Run:
     def __init__(self, settings, policy):
         self.settings = settings
         self.policy = policy
-        own = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-        self.optimizer = torch.optim.AdamW(policy.weights, **own)
+        decay = settings.weight_decay
+        self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, weight_decay=decay)
         fp16 = policy.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
         enough = min(settings.stats_min_count, settings.stats_buffer)
-        if settings.samples_per_prompt > 1:  # a group can be compared with itself from the start
-            enough = min(enough, settings.samples_per_prompt)
-        self.stats = PromptStats(settings.stats_buffer, enough)
+        self.stats = PromptStats(settings.stats_buffer, enough, settings.samples_per_prompt)
         self.log = []
         self.first_spread = None
 
@@ -661,7 +652,7 @@ class Run:
             row |= zip(labels, scores.mean(0)[1:].tolist())
         if self.settings.lora_rank:  # else there is no pretrained model left
             row["kl"] = measure_kl(self.policy, x, cond, generator)
-        distance = spread(x[:, -1], prompts)
+        distance = spread(x[:, -1], cond)
         self.first_spread = self.first_spread or distance
         row["diversity"] = distance and distance / self.first_spread
         return row
@@ -696,19 +687,17 @@ class Run:
         with explained(f"{path} is damaged or of another kind of run"):
             state = torch.load(path, map_location="cpu", weights_only=True)
             nn.ParameterList(self.policy.weights).load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            ours = self.optimizer.state_dict()["param_groups"]  # the rate may be another now
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": ours})
             self.scaler.load_state_dict(state["scaler"])
             self.stats.buffers = state["stats"]
             self.log = state["log"]
             self.first_spread = state["first_spread"]
-        now = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
-        self.optimizer.param_groups[0].update(now)
 
 
 @contextmanager
 def whole_file(path):
-    """A name to write to that becomes `path` once all is on the disk: a kill at any moment leaves
-    the old file or the new one."""
+    """A name to write to that becomes `path` once all is on the disk: a kill leaves old or new."""
     tmp = path.with_name(path.name + ".tmp")
     with explained(f"cannot write {path}; what was saved before is whole"):
         path.parent.mkdir(exist_ok=True)
@@ -719,8 +708,8 @@ def whole_file(path):
 
 
 def random_numbers(settings, epoch, device):
-    """Generators for noise and for choices. They depend on the seed and the epoch alone, so that a
-    resumed run draws what it would have drawn; evaluations are epoch 0. Seeds the global ones."""
+    """Generators for noise and for choices, of the seed and the epoch alone, so that a resumed run
+    draws what it would have drawn. Evaluations are epoch 0. Seeds the global ones, too."""
     seed = (1_000_000 * settings.seed + epoch) % 2**32
     transformers.set_seed(seed)
     return torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
@@ -774,8 +763,8 @@ def load_prompts(name):
     """The prompts of a set in examples/prompts or of a text file: one a line, but # comments."""
     path = EXAMPLES / "prompts" / f"{name}.txt"
     with explained(f"--prompts {name}: not animals, activities, imagenet, nor a text file"):
-        lines = (path if path.is_file() else Path(name)).read_text("utf-8-sig").splitlines()
-    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+        text = (path if path.is_file() else Path(name)).read_text("utf-8-sig")
+    prompts = re.findall(r"^\s*([^\s#].*?)\s*$", text, re.MULTILINE)
     if not prompts:
         raise UserError(f"--prompts {name}: the file holds no prompt; write one on each line")
     return prompts
@@ -789,7 +778,7 @@ def pick_device(name):
         return torch.empty(0, device=best if name == "auto" else name).device
 
 
-def make_settings(resume="", **flags):
+def make_settings(resume="", kind=Settings, **flags):
     """Settings as the command line makes them: the defaults, over them the model folder's
     ddpo.json (on resuming, the run's config.json instead), over them `flags`."""
     model = model_path(flags.get("model", Settings.model))
@@ -809,33 +798,32 @@ def make_settings(resume="", **flags):
         print("resumes", resume, {k: v for k, v in flags.items() if values.get(k) != v} or "")
     if flags.get("objective") == "reinforce":
         values["updates_per_epoch"] = 1
-    if flags.get("init_lora"):
-        _, values["lora_rank"] = read_lora(flags["init_lora"])
     if {**values, **flags}.get("lora_rank") == 0 and ("lora_rank" in flags or "lr" not in values):
         values["lr"] = 1e-5  # the paper's, for the whole UNet
     with explained(f"settings of {file} and flags"):
-        return Settings(**{**values, **flags})
+        return kind(**{**values, **flags})
 
 
-def parse(argv=None):
+def parse(argv=None, kind=Settings):
     """The command line, in which every setting is a flag: settings, and the run to resume."""
     about = "Fine-tune a diffusion model on a reward. A model's ddpo.json overrides these defaults."
-    how = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("ddpo.py", description=about, **how)
-    helps = dict(re.findall(r"^ +(\w+): .*  # (.*)", inspect.getsource(Settings), re.MULTILINE))
-    for f in fields(Settings):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+    only_given = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("ddpo.py", description=about, **only_given)
+    source = "".join(inspect.getsource(base) for base in kind.__mro__[:-1])
+    helps = dict(re.findall(r"^ +(\w+): .*  # (.*)", source, re.MULTILINE))
+    for f in fields(kind):
+        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         text = f"{helps[f.name]} (default: {f.default!r})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.error = lambda message: parser.exit(2, f"ddpo.py: error: {message}; see --help\n")
     flags = vars(parser.parse_args(argv))
-    return make_settings(**flags), flags.get("resume")
+    return make_settings(kind=kind, **flags), flags.get("resume")
 
 
 def launch(settings, folder=None, reward=None, update=update, run_class=Run):
-    """Train a new run, or go on with the one in `folder`; returns the folder. `reward` is a Python
-    function in the place of settings.reward; `update` and `run_class` take the place of ours."""
+    """Train a new run, or go on with the one in `folder`; returns the folder. `reward` may be a
+    Python function in the place of settings.reward."""
     if reward:
         settings = replace(settings, reward=reward.__name__)
     prompts = load_prompts(settings.prompts)
@@ -855,7 +843,7 @@ def launch(settings, folder=None, reward=None, update=update, run_class=Run):
     if folder and Path(folder, "state.pt").is_file():
         run.load(Path(folder, "state.pt"))
     elif settings.init_lora:
-        load_lora(policy.unet, settings.init_lora)
+        load_lora(policy.unet, settings.lora_rank, settings.init_lora)
     folder = Path(folder) if folder else make_run_folder(settings)
     versions = {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)}
     with whole_file(folder / "config.json") as tmp:
@@ -881,10 +869,10 @@ def launch(settings, folder=None, reward=None, update=update, run_class=Run):
     return folder
 
 
-def main(argv=None, launch=launch):
+def main(argv=None, launch=launch, kind=Settings):
     """Run from the command line; a mistake ends in one line and a non-zero status."""
     try:
-        launch(*parse(argv))
+        launch(*parse(argv, kind))
     except UserError as error:
         print(f"ddpo.py: error: {error}", file=sys.stderr)
         if error.__cause__:  # a reward's own code failed: its author wants to see where

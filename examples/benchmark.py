@@ -222,7 +222,8 @@ def measure(settings, repeats, measure_steps, arch=None):
     def samples(x, logp):
         return x.repeat(copies, 1, 1, 1, 1), logp.repeat(copies, 1), cond, adv
 
-    (x, logp), sampling = record(policy, ddpo.rollout, policy, prompts, noise)
+    x_T = torch.randn(batch, *policy.latent_shape, generator=noise, device=device)
+    (x, logp), sampling = record(policy, ddpo.rollout, policy, prompts, x_T, noise)
     _, update = record(policy, ddpo.update, run, samples(x, logp), choice)
     skipped = 0
     for repeat in range(1 + repeats):
@@ -230,7 +231,7 @@ def measure(settings, repeats, measure_steps, arch=None):
             laps = Laps(device)
             skipped = 0
         laps.time("sampling floor", floor, policy, sampling)
-        x, logp = laps.time("sampling", ddpo.rollout, policy, prompts, noise)
+        x, logp = laps.time("sampling", ddpo.rollout, policy, prompts, x_T, noise)
         laps.time("update floor", floor, policy, update)
         run.optimizer.zero_grad()
         row = laps.time("update", ddpo.update, run, samples(x, logp), choice)

@@ -46,7 +46,7 @@ class SharedRun(ddpo.Run):
         seed = settings.seed + 101 * dist.get_rank()  # each has prompts and noise of its own
         rarely = {"eval_every": 10**9, "save_every": 10**9} if dist.get_rank() else {}
         super().__init__(replace(settings, images_per_epoch=images, seed=seed, **rarely), policy)
-        self.stats = SharedStats(self.stats.buffer_size, self.stats.min_count)
+        self.stats = SharedStats(self.stats.buffer_size, self.stats.min_count, self.stats.group)
 
     def step(self):
         for weight in self.policy.weights:

@@ -2,6 +2,8 @@
 loading code runs on them; and small runs of ddpo.py, with what they leave."""
 
 import csv
+import functools
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -11,31 +13,59 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+inspect.getsource = functools.cache(inspect.getsource)  # slow, and in every command line
 
 
 # ---------------------------------------------------- models
 
 
+TINY = {"layers_per_block": 1, "norm_num_groups": 4}
+# With attention in one block alone it takes a third of the time.
+TINIEST = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D",),
+}
+
+
 def tiny_unet(seed=0, **config):
     torch.manual_seed(seed)
     defaults = {
+        **TINY,
         "sample_size": 8,
         "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
         "cross_attention_dim": 16,
         "attention_head_dim": 2,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }
     return UNet2DConditionModel(**{**defaults, **config})
+
+
+def save_tiny_pixels(folder, kind=DDPMPipeline, scheduler=None, **config):
+    """An unconditional model of 16 x 16 pixels."""
+    torch.manual_seed(0)
+    defaults = {
+        **TINY,
+        "sample_size": 16,
+        "block_out_channels": (8,),
+        "attention_head_dim": 4,
+        "down_block_types": ("AttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    }
+    unet = UNet2DModel(**{**defaults, **config})
+    kind(unet, scheduler or DDPMScheduler()).save_pretrained(folder)
 
 
 def tiny_text_encoder(folder):
@@ -96,6 +126,13 @@ def save_tiny_pipeline(folder, unet=None, **scheduler):
 def tiny_model(tmp_path_factory):
     """Path of a tiny random StableDiffusionPipeline folder."""
     return str(save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "model"))
+
+
+@pytest.fixture(scope="session")
+def tiniest_model(tmp_path_factory):
+    """Another, for tests in which the network does not matter."""
+    folder = tmp_path_factory.mktemp("tiniest") / "model"
+    return str(save_tiny_pipeline(folder, tiny_unet(**TINIEST)))
 
 
 def brightness(images, prompts):
@@ -179,3 +216,12 @@ def failure(capsys, *argv):
 
 def read_metrics(run):
     return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+
+
+def draw(policy, prompts, generator):
+    """A rollout from noise that is drawn first, as diffusers does."""
+    import ddpo
+
+    shape = (len(prompts), *policy.latent_shape)
+    x_T = torch.randn(shape, generator=generator, device=policy.device)
+    return ddpo.rollout(policy, prompts, x_T, generator)

@@ -11,7 +11,8 @@ from statistics import median
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from conftest import save_tiny_pixels
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 import ddpo
 
@@ -59,10 +60,10 @@ def spy_on_network(monkeypatch):
 
 
 def test_the_numbers_follow_from_the_times_and_the_calls_are_those_made(
-    tiny_model, tmp_path, monkeypatch, capsys
+    tiniest_model, tmp_path, monkeypatch, capsys
 ):
     phase, floor = spy_on_network(monkeypatch)
-    result = bench(tiny_model, tmp_path / "b.json", "--guidance-scale=3", "--repeats=2")
+    result = bench(tiniest_model, tmp_path / "b.json", "--guidance-scale=3", "--repeats=2")
     phases = result["phases"]
     names = ("sampling", "update", "decode", "reward")
     sampling, update, decode, reward = (phases[name] for name in names)
@@ -106,27 +107,16 @@ def test_the_numbers_follow_from_the_times_and_the_calls_are_those_made(
 
 
 def test_the_last_call_may_be_smaller_and_optimizer_steps_are_as_in_training(
-    tiny_model, tmp_path, monkeypatch
+    tiniest_model, tmp_path, monkeypatch
 ):
     phase, floor = spy_on_network(monkeypatch)
     flags = ("--guidance-scale=1", "--sample-batch=6", "--measure-steps=5", "--micro-batch=7")
-    result = bench(tiny_model, tmp_path / "b.json", *flags)
+    result = bench(tiniest_model, tmp_path / "b.json", *flags)
     update = result["phases"]["update"]
     assert (update["pairs"], update["optimizer_steps"]) == (30, 2)  # an epoch's
     learned = [(n, True, True) for n in (7, 7, 1) * 2]
     assert [call for call in phase if call[1]] == 3 * learned  # recorded, warm-up, once
     assert [call for call in floor if call[1]] == 2 * learned
-
-
-def save_pixels(folder):
-    """An unconditional model."""
-    blocks = {
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (8, 16),
-    }
-    unet = UNet2DModel(sample_size=16, norm_num_groups=4, attention_head_dim=4, **blocks)
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
 
 
 def same_calls(phase, floor):
@@ -143,11 +133,11 @@ def same_calls(phase, floor):
     ["--kl-coef=0.1", "--objective=reinforce", "--updates-per-epoch=1"],
     ["--reward=incompressibility"],
 ])  # fmt: skip
-def test_every_kind_of_training(flags, tiny_model, tmp_path, monkeypatch):
-    model = tiny_model
+def test_every_kind_of_training(flags, tiniest_model, tmp_path, monkeypatch):
+    model = tiniest_model
     if "--reward=incompressibility" in flags:
         model = tmp_path / "model"
-        save_pixels(model)
+        save_tiny_pixels(model)
     phase, floor = spy_on_network(monkeypatch)
     result = bench(model, tmp_path / "b.json", "--measure-steps=1", *flags)
     assert all(math.isfinite(row["per_second"]) for row in result["phases"].values())
@@ -157,11 +147,11 @@ def test_every_kind_of_training(flags, tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # without and with autocast
 def test_the_gradient_of_the_floor_is_that_of_the_mean_square_of_the_prediction(
-    precision, tiny_model
+    precision, tiniest_model
 ):
     how = {"device": "cpu", "precision": precision, "guidance_scale": 3.0}
     torch.manual_seed(0)
-    policy = ddpo.Policy(ddpo.Settings(model=tiny_model, **how), torch.device("cpu"))
+    policy = ddpo.Policy(ddpo.Settings(model=tiniest_model, **how), torch.device("cpu"))
     x = torch.randn(2, *policy.latent_shape)
     inputs = (x, torch.tensor([10, 700]), policy.encode(["cat", "bee"]))
     eps, calls = benchmark.record(policy, policy.predict, *inputs)
@@ -263,12 +253,12 @@ def test_mistakes_end_in_one_line_before_anything_is_timed(
     (KeyboardInterrupt, "stopped"),
 ])  # fmt: skip
 def test_trouble_on_the_way_ends_in_one_line_and_leaves_no_file(
-    trouble, said, tiny_model, tmp_path, monkeypatch
+    trouble, said, tiniest_model, tmp_path, monkeypatch
 ):
     def fail(*args):
         raise trouble
 
     monkeypatch.setattr(ddpo, "update", fail)
     with pytest.raises(SystemExit, match=f"benchmark.py: {said}"):
-        bench(tiny_model, tmp_path / "b.json")
+        bench(tiniest_model, tmp_path / "b.json")
     assert list(tmp_path.iterdir()) == []

@@ -70,8 +70,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("argv, message", MISTAKES, ids=[argv for argv, _ in MISTAKES])
-def test_a_mistake_costs_nothing(argv, message, tiny_model, capsys, nothing_happens):
-    assert re.search(message, failure(capsys, "--model", tiny_model, *argv.split()))
+def test_a_mistake_costs_nothing(argv, message, tiniest_model, capsys, nothing_happens):
+    assert re.search(message, failure(capsys, "--model", tiniest_model, *argv.split()))
 
 
 def test_help_has_every_setting_with_its_comment_and_default(capsys, monkeypatch):
@@ -137,10 +137,10 @@ def test_settings_from_python_are_those_of_the_command_line():
     (b"\n  \n\n", "holds no prompt"),
     (b"\xff\xfe\x00cat", "nor a text file"),
 ])  # fmt: skip
-def test_a_prompt_file_of_no_use(content, message, tiny_model, capsys, nothing_happens):
+def test_a_prompt_file_of_no_use(content, message, tiniest_model, capsys, nothing_happens):
     path = nothing_happens / "prompts.txt"
     path.write_bytes(content)
-    line = failure(capsys, "--model", tiny_model, "--prompts", path)
+    line = failure(capsys, "--model", tiniest_model, "--prompts", path)
     assert f"--prompts {path}" in line and message in line
 
 
@@ -201,13 +201,15 @@ def without_a_tensor(folder):
     (without_a_tensor, True),
     (without_a_tensor, False),
 ])  # fmt: skip
-def test_an_incomplete_model(damage, accelerate, tiny_model, capsys, nothing_happens, monkeypatch):
+def test_an_incomplete_model(
+    damage, accelerate, tiniest_model, capsys, nothing_happens, monkeypatch
+):
     """Without accelerate diffusers builds a model first and then loads its weights, so that what
     is missing could stay random."""
     for module in (modeling_utils, pipeline_utils):
         if not accelerate:
             monkeypatch.setattr(module, "_LOW_CPU_MEM_USAGE_DEFAULT", False)
-    folder = shutil.copytree(tiny_model, nothing_happens / "model")
+    folder = shutil.copytree(tiniest_model, nothing_happens / "model")
     damage(folder)
     assert f"--model {folder}: " in failure(capsys, "--model", folder)
 
@@ -267,28 +269,28 @@ def test_a_ddpo_json_names_no_code_and_no_folder(name, tmp_path, capsys, nothing
 # ---------------------------------------------------- folders
 
 
-def test_a_run_is_never_written_over(tiny_model, capsys, nothing_happens):
+def test_a_run_is_never_written_over(tiniest_model, capsys, nothing_happens):
     run = nothing_happens / "run"
     run.mkdir()
     (run / "config.json").write_text("mine")
-    line = failure(capsys, "--model", tiny_model, "--out", run)
+    line = failure(capsys, "--model", tiniest_model, "--out", run)
     assert f"--out {run}" in line and f"--resume {run}" in line
     assert [path.name for path in run.iterdir()] == ["config.json"]
     assert (run / "config.json").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_written(tiny_model, capsys, nothing_happens):
+def test_a_folder_that_cannot_be_written(tiniest_model, capsys, nothing_happens):
     path = nothing_happens / "file"
     path.write_text("")
-    assert f"--out {path}" in failure(capsys, "--model", tiny_model, "--out", path)
+    assert f"--out {path}" in failure(capsys, "--model", tiniest_model, "--out", path)
 
 
-def test_stopped_before_anything_began(tiny_model, capsys, nothing_happens, monkeypatch):
+def test_stopped_before_anything_began(tiniest_model, capsys, nothing_happens, monkeypatch):
     def stop(name):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ddpo, "pick_device", stop)
-    assert failure(capsys, "--model", tiny_model) == "ddpo.py: stopped; nothing had begun"
+    assert failure(capsys, "--model", tiniest_model) == "ddpo.py: stopped; nothing had begun"
 
 
 # ---------------------------------------------------- rewards, and numbers that are none
@@ -326,11 +328,11 @@ def mine(tmp_path):
 
 
 @pytest.fixture
-def bees(tiny_model, tmp_path):
+def bees(tiniest_model, tmp_path):
     """The command line of a run on two prompts."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cat\nbee\n")
-    return flags(tiny_model, prompts=prompts, out=tmp_path / "run")
+    return flags(tiniest_model, prompts=prompts, out=tmp_path / "run")
 
 
 @pytest.mark.parametrize("reward, message", [
@@ -360,16 +362,16 @@ def test_a_reward_that_fails_shows_where(name, last, mine, bees, tmp_path, capsy
 
 
 @pytest.mark.parametrize("column", ["epoch", "reward_mean", "diversity"])
-def test_a_reward_with_the_name_of_a_column(column, mine, tiny_model, capsys, nothing_happens):
+def test_a_reward_with_the_name_of_a_column(column, mine, tiniest_model, capsys, nothing_happens):
     """It would be written over, or write over it."""
     mine.write_text(MINE.format(name=column))
-    line = failure(capsys, "--model", tiny_model, "--monitor", f"{mine}:{column}")
+    line = failure(capsys, "--model", tiniest_model, "--monitor", f"{mine}:{column}")
     assert f"reward {column}: metrics.csv has a column of this name; rename it" in line
 
 
-def test_weights_that_are_not_numbers(tiny_model, tmp_path, capsys):
+def test_weights_that_are_not_numbers(tiniest_model, tmp_path, capsys):
     """Their pictures would be black, which is a small JPEG."""
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    folder = shutil.copytree(tiniest_model, tmp_path / "model")
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["conv_in.weight"][0, 0, 0, 0] = torch.nan
@@ -382,7 +384,7 @@ def test_weights_that_are_not_numbers(tiny_model, tmp_path, capsys):
 # ---------------------------------------------------- as a script
 
 
-def test_as_a_script(tiny_model, tmp_path):
+def test_as_a_script(tiniest_model, tmp_path):
     """It trains, until the reward leaves in the evaluation at the end; nothing but that is on
     stderr, and the status is not the reward's."""
     mine = tmp_path / "mine.py"
@@ -394,7 +396,7 @@ def leaves(images, prompts):
         sys.exit(0)
     return images.mean((1, 2, 3))
 """)
-    argv = flags(tiny_model, reward=f"{mine}:leaves", epochs=1, images_per_epoch=2)
+    argv = flags(tiniest_model, reward=f"{mine}:leaves", epochs=1, images_per_epoch=2)
     command = [sys.executable, Path(ddpo.__file__).resolve(), *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import flags, make_policy
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from conftest import draw, flags, make_policy, save_tiny_pixels
 from PIL import Image
 
 import ddpo
@@ -38,14 +37,16 @@ def write_config(run, model, **settings):
 
 
 def sampled_in_training(policy, prompts, seed):
-    x, _ = ddpo.rollout(policy, prompts, torch.Generator().manual_seed(seed))
+    x, _ = draw(policy, prompts, torch.Generator().manual_seed(seed))
     return np.hstack([np.asarray(p) for p in rewards.to_pil(policy.decode(x[:, -1]))])
 
 
 @pytest.mark.parametrize("rank", [4, 0])
-def test_generate_draws_as_training_does_before_and_after(rank, tiny_model, tmp_path, monkeypatch):
+def test_generate_draws_as_training_does_before_and_after(
+    rank, tiniest_model, tmp_path, monkeypatch
+):
     pytest.importorskip("peft")
-    config = write_config(tmp_path, tiny_model)
+    config = write_config(tmp_path, tiniest_model)
     policy, _ = make_policy(lora_scale=0.5, lora_rank=rank, **config)
     prompts = ["cat", "bee", "ant"]
     if rank:
@@ -67,18 +68,16 @@ def test_generate_draws_as_training_does_before_and_after(rank, tiny_model, tmp_
 
 
 @pytest.mark.parametrize("what", ["no run", "no LoRA", "no model", "no prompts"])
-def test_generate_says_in_a_line_what_it_cannot_draw(what, tiny_model, tmp_path, monkeypatch):
+def test_generate_says_in_a_line_what_it_cannot_draw(what, tiniest_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if what == "no LoRA":
         pytest.importorskip("peft")  # diffusers asks for it before it looks for the file
-        write_config(tmp_path, tiny_model)
+        write_config(tmp_path, tiniest_model)
     if what == "no model":
         write_config(tmp_path, "gone/model")
     if what == "no prompts":
         write_config(tmp_path, "pixels")
-        blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-        unet = UNet2DModel(8, block_out_channels=(8,), norm_num_groups=4, **blocks)
-        DDPMPipeline(unet, DDPMScheduler()).save_pretrained("pixels")
+        save_tiny_pixels("pixels")
     with pytest.raises(SystemExit) as end:
         run_script("generate.py", monkeypatch, tmp_path)
     names = {"no run": "config.json", "no LoRA": LORA, "no model": "gone/model",
@@ -142,11 +141,11 @@ def test_plot_does_not_call_runs_of_one_seed_several(plotted, tmp_path):
 # ---------------------------------------------------- kill_resume.py, overoptimisation.py
 
 
-def test_kill_resume_sees_every_difference_but_the_seconds(tiny_model, tmp_path):
+def test_kill_resume_sees_every_difference_but_the_seconds(tiniest_model, tmp_path):
     import kill_resume
 
     run = tmp_path / "run"
-    ddpo.main(flags(tiny_model, out=run, epochs=1))
+    ddpo.main(flags(tiniest_model, out=run, epochs=1))
     expected = kill_resume.contents(run)
     assert set(expected) == {
         "config.json", "metrics.csv", "state.pt", LORA,

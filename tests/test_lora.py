@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import failure, flags, make_policy, tiny_unet
+from conftest import draw, failure, flags, make_policy, tiny_unet
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
@@ -88,7 +88,7 @@ def test_the_layer_rounds_the_same_with_and_without_gradient(dtype, transposed):
 
 
 def paint(policy):
-    x, _ = ddpo.rollout(policy, PROMPTS, torch.Generator().manual_seed(3))
+    x, _ = draw(policy, PROMPTS, torch.Generator().manual_seed(3))
     return policy.decode(x[:, -1])
 
 
@@ -153,10 +153,9 @@ def test_a_lora_of_diffusers_paints_the_same_here(tiny_model, tmp_path):
         seen.append(run.policy)
         return {}
 
-    start = {"init_lora": tmp_path / "lora" / LORA, "steps": 4, "guidance_scale": 3, "epochs": 1}
-    argv = flags(tiny_model, out=tmp_path / "run", images_per_epoch=2, eval_images=1, **start)
-    settings, _ = ddpo.parse(argv)
-    assert settings.lora_rank == 3
+    start = {"init_lora": tmp_path / "lora" / LORA, "lora_rank": 3, "steps": 4, "epochs": 1}
+    how = {"guidance_scale": 3, "images_per_epoch": 2, "eval_images": 1}
+    settings, _ = ddpo.parse(flags(tiny_model, out=tmp_path / "run", **start, **how))
     ddpo.launch(settings, update=no_update)
 
     reloaded = plain_pipeline(tiny_model)
@@ -199,8 +198,10 @@ OTHER_SCALES = {
 def test_a_lora_of_another_scale(config, tiny_model, tmp_path, capsys, nothing_sampled):
     """Loaded as if its alpha were its rank, it would be another model."""
     save_in_diffusers(tiny_model, tmp_path, **config)
-    line = refused(capsys, tiny_model, tmp_path)
-    assert re.search(f"--init-lora {tmp_path / LORA}: .*alpha its rank", line)
+    line = refused(capsys, tiny_model, tmp_path, "--lora-rank=3")
+    assert f"--init-lora {tmp_path / LORA}: no LoRA of this model" in line
+    assert "whose rank and alpha are 3" in line
+    assert "scales" in line
 
 
 def some_lora(path, only="", rank=4, **config):
@@ -238,15 +239,15 @@ def alpha_beside_each_layer(path):
 
 
 USELESS = {
-    "missing": (lambda path: None, "", "not a file with a LoRA"),
-    "no safetensors": (lambda path: path.write_text("text"), "", "not a file with a LoRA"),
-    "no LoRA": (lambda path: save_file({"w": torch.ones(2)}, path), "", "not a file with a LoRA"),
-    "two ranks": (two_ranks, "", "a LoRA of one rank"),
+    "missing": (lambda path: None, "", "no LoRA of this model"),
+    "no safetensors": (lambda path: path.write_text("text"), "", "no LoRA of this model"),
+    "no LoRA": (lambda path: save_file({"w": torch.ones(2)}, path), "", "no LoRA of this model"),
+    "two ranks": (two_ranks, "", "no LoRA of this model"),
     "one more layer": (one_more_layer, "", "other layers, see .*conv_in"),
     "an alpha for each layer": (alpha_beside_each_layer, "", "other layers, see .*alpha"),
     "only queries": (lambda path: some_lora(path, only="to_q"), "", "other layers, see .*to_"),
-    "a smaller UNet": (lambda path: some_lora(path, block_out_channels=(4, 8)), "", "does not fit"),
-    "another rank": (some_lora, "--lora-rank 5", "does not fit the model and --lora-rank"),
+    "a smaller UNet": (lambda path: some_lora(path, block_out_channels=(4, 8)), "", "no LoRA of"),
+    "another rank": (some_lora, "--lora-rank 5", "rank and alpha are 5"),
     "no LoRA wanted": (some_lora, "--lora-rank 0", "init_lora need a LoRA"),
 }
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import draw
 from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
@@ -128,7 +129,7 @@ def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective
     grads = []
     for _ in range(50):
         policy = OneNumberPolicy(steps_learned)
-        x, logp = ddpo.rollout(policy, prompts, generator)
+        x, logp = draw(policy, prompts, generator)
         reward = -((x[:, -1].flatten() - GOAL) ** 2)
         run = ddpo.Run(settings, policy)
         run.optimizer = torch.optim.SGD(policy.weights, lr=1.0)

@@ -58,11 +58,11 @@ A_TENTH = 1.6384 / 256 / 10  # of the default clip range
         pytest.param("cuda", "fp16", 5.0, A_TENTH, marks=no_gpu),
     ],
 )
-def test_ratio_is_one_before_an_update(tiny_model, device, precision, guidance, allowed):
+def test_ratio_is_one_before_an_update(tiniest_model, device, precision, guidance, allowed):
     """Sampled in batches of 4 and 2 images, learned in batches of 5 pairs: only rounding may
     differ. (In batches of one size it is 1 exactly, for every kind of model: test_kinds.py.)"""
     given = {"guidance_scale": guidance, "precision": precision, "clip_range": allowed}
-    policy, settings = make_policy(tiny_model, 0.5, device, sample_batch=4, **given)
+    policy, settings = make_policy(tiniest_model, 0.5, device, sample_batch=4, **given)
     assert {p.dtype for p in policy.weights} == {torch.float32}
     samples = sampled(policy, settings)
     before, _ = run_update(policy, settings, samples, lr=5.0)
@@ -72,23 +72,23 @@ def test_ratio_is_one_before_an_update(tiny_model, device, precision, guidance, 
     assert after["clip_fraction"] > 0
 
 
-def test_weights_in_half_precision_as_on_a_gpu(tiny_model):
+def test_weights_in_half_precision_as_on_a_gpu(tiniest_model):
     """There the frozen weights are stored in half precision and nothing is left to autocast; the
     gradient is the same."""
     given = {"steps": 3, "clip_range": 10}
-    policy, settings = make_policy(tiny_model, **given)
+    policy, settings = make_policy(tiniest_model, **given)
     samples = sampled(policy, settings)
     _, exact = run_update(policy, settings, samples, lr=1.0)
 
-    policy, settings = make_policy(tiny_model, precision="bf16", **given)
+    policy, settings = make_policy(tiniest_model, precision="fp16", **given)
     for p in policy.unet.parameters():
         if not p.requires_grad:
-            p.data = p.data.to(torch.bfloat16)
+            p.data = p.data.half()
     assert {p.dtype for p in policy.weights} == {torch.float32}
     before, _ = run_update(policy, settings, sampled(policy, settings), lr=0.0)
     assert before["ratio_error"] <= 2e-4 and before["skipped"] == 0
     _, rounded = run_update(policy, settings, samples, lr=1.0)
-    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.95
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
 
 
 def test_dropout_is_off(tmp_path):
@@ -114,8 +114,8 @@ def one_pass(policy, x_t, t, prompts):
 
 
 @torch.no_grad()
-def test_guidance_combines_two_passes(tiny_model):
-    policy, _ = make_policy(tiny_model, guidance_scale=7.5)
+def test_guidance_combines_two_passes(tiniest_model):
+    policy, _ = make_policy(tiniest_model, guidance_scale=7.5)
     x_t, t = some_latents(policy)
     uncond = one_pass(policy, x_t, t, [""] * 6)
     conditional = one_pass(policy, x_t, t, PROMPTS)
@@ -126,8 +126,8 @@ def test_guidance_combines_two_passes(tiny_model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
-def test_without_guidance_there_is_one_conditional_pass(tiny_model, guidance):
-    policy, _ = make_policy(tiny_model, guidance_scale=guidance)
+def test_without_guidance_there_is_one_conditional_pass(tiniest_model, guidance):
+    policy, _ = make_policy(tiniest_model, guidance_scale=guidance)
     x_t, t = some_latents(policy)
     expected = one_pass(policy, x_t, t, PROMPTS)
     rows = []
@@ -138,8 +138,8 @@ def test_without_guidance_there_is_one_conditional_pass(tiny_model, guidance):
 
 
 @torch.no_grad()
-def test_decode_is_diffusers_and_stays_in_range(tiny_model):
-    policy, _ = make_policy(tiny_model)
+def test_decode_is_diffusers_and_stays_in_range(tiniest_model):
+    policy, _ = make_policy(tiniest_model)
     pipe = policy.pipe
     x_0 = 10 * torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     images = policy.decode(x_0)
@@ -151,12 +151,12 @@ def test_decode_is_diffusers_and_stays_in_range(tiny_model):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_does_not_cost_a_level_of_grey(tiny_model, precision):
+def test_half_precision_does_not_cost_a_level_of_grey(tiniest_model, precision):
     """bf16 has 8 bits, so a network in it cannot tell 256 levels apart, and a reward like the
     JPEG's size would see the steps: pictures are decoded in float32."""
     x_0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    exact = make_policy(tiny_model)[0].decode(x_0)
-    images = make_policy(tiny_model, precision=precision)[0].decode(x_0)
+    exact = make_policy(tiniest_model)[0].decode(x_0)
+    images = make_policy(tiniest_model, precision=precision)[0].decode(x_0)
     assert torch.equal(images, exact)
 
 
@@ -166,10 +166,10 @@ def test_half_precision_does_not_cost_a_level_of_grey(tiny_model, precision):
 @pytest.mark.parametrize(
     "other", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler]
 )
-def test_a_scheduler_that_knows_no_clipping_is_not_clipped(tiny_model, tmp_path, other):
+def test_a_scheduler_that_knows_no_clipping_is_not_clipped(tiniest_model, tmp_path, other):
     """DDIMScheduler clips by default, which is right for pixels and ruins latents, whose values go
     beyond 1."""
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipe = StableDiffusionPipeline.from_pretrained(tiniest_model)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     pipe.scheduler = other(steps_offset=1, **betas)
     pipe.save_pretrained(tmp_path)
@@ -191,18 +191,18 @@ def test_nothing_to_learn_from_is_said(tmp_path):
         make_policy(model, steps=1)
 
 
-def test_min_std_leaves_out_the_steps_that_add_little_noise(tiny_model):
+def test_min_std_leaves_out_the_steps_that_add_little_noise(tiniest_model):
     """Of the 10 steps of Stable Diffusion's schedule, the last two add noise of 0.04 and 0.02."""
     for min_std, trained in [(0.0, 10), (0.03, 9), (0.1, 8)]:
-        policy, _ = make_policy(tiny_model, steps=10, min_std=min_std)
+        policy, _ = make_policy(tiniest_model, steps=10, min_std=min_std)
         assert policy.trained_steps.tolist() == list(range(trained))
 
 
 # ---------------------------------------------------- which pairs
 
 
-def test_every_pair_is_learned_from_once_and_an_image_in_one_minibatch(tiny_model, monkeypatch):
-    policy, settings = make_policy(tiny_model, updates_per_epoch=3)
+def test_every_pair_is_learned_from_once_and_an_image_in_one_minibatch(tiniest_model, monkeypatch):
+    policy, settings = make_policy(tiniest_model, updates_per_epoch=3)
     samples = sampled(policy, settings)
     x = samples[0]
     predict = policy.predict
@@ -235,10 +235,10 @@ def test_every_pair_is_learned_from_once_and_an_image_in_one_minibatch(tiny_mode
     assert metrics["grad_norm"] == pytest.approx(sum(steps_taken) / 3)
 
 
-def test_a_fraction_of_the_steps_is_any_of_them_for_each_image(tiny_model):
+def test_a_fraction_of_the_steps_is_any_of_them_for_each_image(tiniest_model):
     """Half of 4 steps: two different ones of each image, and all six pairs of steps equally often.
     (That the gradient then is that of all steps, in expectation: test_objectives.py.)"""
-    policy, _ = make_policy(tiny_model, train_steps_fraction=0.5)
+    policy, _ = make_policy(tiniest_model, train_steps_fraction=0.5)
     assert policy.steps_learned == 2
     images = torch.arange(3000).flip(0)
     pairs = ddpo.choose_pairs(policy, images, torch.Generator().manual_seed(0))
@@ -271,9 +271,9 @@ def test_deterministic_steps_are_never_trained_on(tmp_path):
 # ---------------------------------------------------- the gradient
 
 
-def test_update_descends_the_mean_loss_whatever_the_micro_batch(tiny_model):
+def test_update_descends_the_mean_loss_whatever_the_micro_batch(tiniest_model):
     """The reference is autograd on all pairs at once, with the objective written out."""
-    policy, settings = make_policy(tiny_model, clip_range=0.01)
+    policy, settings = make_policy(tiniest_model, clip_range=0.01)
     x, logp_old, cond, adv = sampled(policy, settings)
     generator = torch.Generator().manual_seed(1)
     logp_old += 0.02 * torch.randn(logp_old.shape, generator=generator)  # in the range and out
@@ -306,11 +306,11 @@ def test_update_descends_the_mean_loss_whatever_the_micro_batch(tiny_model):
         assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
 
 
-def test_checkpointing_computes_activations_twice_and_changes_no_gradient(tiny_model):
+def test_checkpointing_computes_activations_twice_and_changes_no_gradient(tiniest_model):
     moved = {}
     calls = {}
     for on in (False, True):
-        policy, settings = make_policy(tiny_model, grad_checkpointing=on, steps=3)
+        policy, settings = make_policy(tiniest_model, grad_checkpointing=on, steps=3)
         samples = sampled(policy, settings)
         seen = []
         resnet = policy.unet.up_blocks[-1].resnets[0]
@@ -322,8 +322,8 @@ def test_checkpointing_computes_activations_twice_and_changes_no_gradient(tiny_m
     torch.testing.assert_close(moved[True], moved[False], rtol=0, atol=1e-7)
 
 
-def test_the_gradient_is_clipped_and_reported_unclipped(tiny_model):
-    policy, settings = make_policy(tiny_model, grad_clip=1e-3)
+def test_the_gradient_is_clipped_and_reported_unclipped(tiniest_model):
+    policy, settings = make_policy(tiniest_model, grad_clip=1e-3)
     metrics, moved = run_update(policy, settings, sampled(policy, settings), lr=1.0)
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
     assert metrics["grad_norm"] > 3e-3
@@ -332,8 +332,8 @@ def test_the_gradient_is_clipped_and_reported_unclipped(tiny_model):
 # ---------------------------------------------------- sample, score
 
 
-def test_a_trajectory_is_a_chain_of_scored_steps(tiny_model):
-    policy, _ = make_policy(tiny_model)
+def test_a_trajectory_is_a_chain_of_scored_steps(tiniest_model):
+    policy, _ = make_policy(tiniest_model)
     length = ("length", 0.5, lambda images, prompts: [len(p) for p in prompts])
     generator = torch.Generator().manual_seed(0)
     x, logp, scores = ddpo.sample(policy, [*BRIGHTNESS, length], PROMPTS, 4, generator)
@@ -354,8 +354,8 @@ def test_a_trajectory_is_a_chain_of_scored_steps(tiny_model):
 
 
 @pytest.mark.parametrize("part", ["LoRA", "VAE"])
-def test_samples_that_are_not_finite_are_not_scored(part, tiny_model):
-    policy, _ = make_policy(tiny_model)
+def test_samples_that_are_not_finite_are_not_scored(part, tiniest_model):
+    policy, _ = make_policy(tiniest_model)
     damaged = policy.weights[0] if part == "LoRA" else policy.pipe.vae.decoder.conv_out.weight
     damaged.data[0] = float("nan")
     terms = [("mine", 1.0, lambda images, prompts: pytest.fail("scored"))]

@@ -31,7 +31,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def start(tiny_model, tmp_path_factory):
+def start(tiniest_model, tmp_path_factory):
     """The command line of a run in which all that is saved matters soon: two updates, and three
     prompts with statistics."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
@@ -44,7 +44,7 @@ def start(tiny_model, tmp_path_factory):
         "eval_images": 2,
         "stats_min_count": 2,
     }
-    return lambda out, **settings: flags(tiny_model, out=out, **{**common, **settings})
+    return lambda out, **settings: flags(tiniest_model, out=out, **{**common, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_two_and_two_epochs_are_four(run, runs, capsys):
     assert set(stats) == {"cat", "bee", "cow"} and sum(map(len, stats.values())) == 24
     lora = [plain(weights) for weights in load_file(run / LORA).values()]
     saved = [plain(weights) for weights in state["weights"].values()]
-    assert sorted(lora) == sorted(saved) and len(lora) == 64
+    assert sorted(lora) == sorted(saved) and len(lora) == 16
 
 
 def test_epochs_after_the_saved_one_are_done_again(start, runs, tmp_path):
@@ -192,7 +192,7 @@ def test_interrupted_and_resumed(where, call, start, runs, tmp_path, capsys, mon
         line = failure(capsys, *start(run))
     assert line.startswith("ddpo.py: error: stopped; go on with: python ddpo.py --resume ")
     assert epochs_of(run) == [0, 1]
-    assert len(load_file(run / LORA)) == 64
+    assert len(load_file(run / LORA)) == 16
     ddpo.main(how_to_go_on(line))
     assert differences(run, runs[2]) == []
 

@@ -87,6 +87,17 @@ def test_a_single_prompt_is_compared_with_its_whole_batch():
     torch.testing.assert_close(adv, (rewards - 49.5) / rewards.std(correction=0))
 
 
+def test_a_group_is_compared_with_itself_in_units_of_the_spread_of_all():
+    """So a group of equal rewards teaches nothing, and one of nearly equal ones hardly anything."""
+    rewards = torch.tensor([10, 14, 3, 3, 0, 1])  # integers, too
+    adv = PromptStats(group=2).advantages(["cat", "cat", "dog", "dog", "cat", "cat"], rewards)
+    std = ((4 + 4 + 0 + 0 + 0.25 + 0.25) / 6) ** 0.5
+    expected = torch.tensor([-2.0, 2.0, 0.0, 0.0, -0.5, 0.5]) / std
+    torch.testing.assert_close(adv, expected, rtol=1e-5, atol=0)
+    same = PromptStats(group=2).advantages(["cat"] * 4, torch.ones(4))
+    assert (same == 0).all()
+
+
 @pytest.mark.parametrize("rewards", [2, 4])
 def test_as_many_rewards_as_prompts(rewards):
     with pytest.raises(ValueError):

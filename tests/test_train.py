@@ -23,8 +23,8 @@ def train(model, out, reward=None, update=ddpo.update, **settings):
     return ddpo.launch(settings, reward=reward, update=update)
 
 
-def test_a_run_leaves_its_files(tiny_model, tmp_path, capsys):
-    argv = flags(tiny_model, out=tmp_path / "run", eval_every=2, epochs=3)
+def test_a_run_leaves_its_files(tiniest_model, tmp_path, capsys):
+    argv = flags(tiniest_model, out=tmp_path / "run", eval_every=2, epochs=3)
     ddpo.main(argv)
     run = tmp_path / "run"
     assert {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} == {
@@ -56,7 +56,7 @@ def test_a_run_leaves_its_files(tiny_model, tmp_path, capsys):
         assert -1 < float(row["reward_mean"]) < 0  # a JPEG of 16 x 16 pixels has some 700 bytes
 
     lora = load_file(run / "pytorch_lora_weights.safetensors")
-    assert len(lora) == 64 and all(weights.abs().max() > 0 for weights in lora.values())
+    assert len(lora) == 16 and all(weights.abs().max() > 0 for weights in lora.values())
     first = Image.open(run / "samples/epoch_0000.png")
     for epoch in (2, 3):  # below the first look, which it repeats
         picture = Image.open(run / f"samples/epoch_{epoch:04d}.png")
@@ -65,7 +65,7 @@ def test_a_run_leaves_its_files(tiny_model, tmp_path, capsys):
 
     said = capsys.readouterr()
     weights = sum(weights.numel() for weights in lora.values())
-    assert f"trains {weights:,} weights of {tiny_model} on cpu in torch.float32" in said.out
+    assert f"trains {weights:,} weights of {tiniest_model} on cpu in torch.float32" in said.out
     log = torch.load(run / "state.pt", weights_only=True)["log"]
     before, after = log[0]["eval_reward"], log[-1]["eval_reward"]
     assert f"noise: {before:.3f} before, {after:.3f} after" in said.out
@@ -77,21 +77,21 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_sees_progress(tiny_model, tmp_path, monkeypatch):
+def test_a_terminal_sees_progress(tiniest_model, tmp_path, monkeypatch):
     """And nothing else does: the test above has found no word on stderr."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    train(tiny_model, tmp_path / "run", epochs=1, images_per_epoch=2, eval_images=1)
+    train(tiniest_model, tmp_path / "run", epochs=1, images_per_epoch=2, eval_images=1)
     assert "sample: " in terminal.getvalue() and "update: " in terminal.getvalue()
 
 
-def test_the_seed_decides_the_run(tiny_model, tmp_path):
+def test_the_seed_decides_the_run(tiniest_model, tmp_path):
     small = {"epochs": 1, "images_per_epoch": 4, "eval_images": 2}
     runs = []
     pictures = []
     for name, seed in [("first", 3), ("again", 3), ("other", 4)]:
         torch.rand(5)  # what was drawn before the run must not matter
-        run = train(tiny_model, tmp_path / name, seed=seed, **small)
+        run = train(tiniest_model, tmp_path / name, seed=seed, **small)
         (_, row) = read_metrics(run)
         row.pop("seconds")
         runs.append(row)
@@ -102,10 +102,10 @@ def test_the_seed_decides_the_run(tiny_model, tmp_path):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-def test_a_second_run_gets_its_own_folder(tiny_model, tmp_path, monkeypatch):
+def test_a_second_run_gets_its_own_folder(tiniest_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = {"epochs": 1, "images_per_epoch": 2, "eval_images": 1}
-    argv = flags(tiny_model, reward="0.5*incompressibility", **small)
+    argv = flags(tiniest_model, reward="0.5*incompressibility", **small)
     for seed in (0, 1, 2):
         ddpo.main([*argv, "--seed", str(seed)])
         if seed == 0:
@@ -118,7 +118,7 @@ def test_a_second_run_gets_its_own_folder(tiny_model, tmp_path, monkeypatch):
     assert json.loads(config.read_text())["seed"] == 2
 
 
-def test_before_and_after_show_the_same_prompts_and_noise(tiny_model, tmp_path):
+def test_before_and_after_show_the_same_prompts_and_noise(tiniest_model, tmp_path):
     """Without learning to speak of, before and after are the same images, however many were
     sampled in between."""
     pictures = []
@@ -129,7 +129,7 @@ def test_before_and_after_show_the_same_prompts_and_noise(tiny_model, tmp_path):
         asked.append(prompts)
         return images.mean((1, 2, 3))
 
-    train(tiny_model, tmp_path / "run", watch, lr=1e-12, eval_every=1, eval_images=7)
+    train(tiniest_model, tmp_path / "run", watch, lr=1e-12, eval_every=1, eval_images=7)
     assert len(pictures) == 15  # 7 or 8 images come in 3 batches
     whole = [torch.cat(pictures[i : i + 3]) for i in range(0, 15, 3)]
     before, epoch_1, after_1, epoch_2, after_2 = whole
@@ -140,7 +140,7 @@ def test_before_and_after_show_the_same_prompts_and_noise(tiny_model, tmp_path):
     assert (before[0] - before[1]).abs().max() > 0.01
 
 
-def test_memory_does_not_grow_with_the_epochs(tiny_model, tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_epochs(tiniest_model, tmp_path, monkeypatch):
     """Once the optimizer has its moments, every epoch ends with as many numbers in tensors as the
     one before."""
     held = []
@@ -157,13 +157,13 @@ def test_memory_does_not_grow_with_the_epochs(tiny_model, tmp_path, monkeypatch)
     prompts.write_text("cat\nbee\n")  # each is encoded when it is first drawn
     gc.freeze()  # what is there already is not looked at
     try:
-        train(tiny_model, tmp_path / "run", prompts=str(prompts), epochs=4, eval_every=2)
+        train(tiniest_model, tmp_path / "run", prompts=str(prompts), epochs=4, eval_every=2)
     finally:
         gc.unfreeze()
     assert len(held) == 5 and held[1] == held[2] == held[3] == held[4] > 10_000
 
 
-def test_a_reward_sees_its_own_prompts_and_any_type_will_do(tiny_model, tmp_path):
+def test_a_reward_sees_its_own_prompts_and_any_type_will_do(tiniest_model, tmp_path):
     """Whole numbers in float64, that depend on the prompt alone; no prompt is from elsewhere."""
     seen = set()
 
@@ -175,13 +175,13 @@ def test_a_reward_sees_its_own_prompts_and_any_type_will_do(tiny_model, tmp_path
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\n  # not this\n  bee \n")
-    run = train(tiny_model, tmp_path / "run", length, prompts=str(prompts))
+    run = train(tiniest_model, tmp_path / "run", length, prompts=str(prompts))
     assert seen == {"a cat", "bee"}
     assert all(3 <= float(row["reward_mean"]) <= 5 for row in read_metrics(run)[1:])
     assert json.loads((run / "config.json").read_text())["reward"] == "length"
 
 
-def test_another_update_in_the_place_of_ours(tiny_model, tmp_path, monkeypatch):
+def test_another_update_in_the_place_of_ours(tiniest_model, tmp_path, monkeypatch):
     """It gets what ours gets, and its metrics are in the log."""
     monkeypatch.setattr(ddpo, "clipped_loss", lambda *args: pytest.fail("ours was called"))
     given = []
@@ -191,7 +191,7 @@ def test_another_update_in_the_place_of_ours(tiny_model, tmp_path, monkeypatch):
         assert isinstance(run, ddpo.Run) and isinstance(generator, torch.Generator)
         return {"loss": 7.0, "mine": len(given)}
 
-    run = train(tiny_model, tmp_path / "run", update=lazy)
+    run = train(tiniest_model, tmp_path / "run", update=lazy)
     assert given == 2 * [[(8, 3, 4, 8, 8), (8, 2), (8,), (8,)]]
     rows = read_metrics(run)[1:]
     assert [(row["loss"], row["mine"]) for row in rows] == [("7", "1"), ("7", "2")]
@@ -199,9 +199,9 @@ def test_another_update_in_the_place_of_ours(tiny_model, tmp_path, monkeypatch):
     assert all((lora[name] == 0).all() for name in lora if "lora_B" in name)
 
 
-def test_many_new_prompts_are_encoded_in_one_go(tiny_model, monkeypatch):
+def test_many_new_prompts_are_encoded_in_one_go(tiniest_model, monkeypatch):
     """If each of N prompts copied the table of all, that would be N * N / 2 rows."""
-    policy, _ = make_policy(tiny_model)
+    policy, _ = make_policy(tiniest_model)
     (table,) = policy.table
     shape = table[:1].shape
     copied = []
@@ -229,7 +229,7 @@ def test_many_new_prompts_are_encoded_in_one_go(tiny_model, monkeypatch):
 ])  # fmt: skip
 def test_it_learns(objective, sign, lr, updates, tmp_path):
     """Brightness of a model that predicts x_0 with a coarse noise schedule, so that the noise of a
-    step shows in the image. Over seeds 0 to 3 the mean reward rose by 4.3 to 7.1 and 3.5 to 4.9
+    step shows in the image. Over seeds 0 to 3 the mean reward rose by 3.1 to 6.3 and 3.7 to 4.8
     standard deviations of the first rewards; by chance alone it would change by 0.2."""
 
     def brightness(images, prompts):
@@ -237,8 +237,8 @@ def test_it_learns(objective, sign, lr, updates, tmp_path):
 
     schedule = {"num_train_timesteps": 20, "beta_start": 0.2, "beta_end": 0.5}
     model = save_tiny_pipeline(tmp_path / "model", prediction_type="sample", **schedule)
-    batches = {"images_per_epoch": 64, "sample_batch": 64, "micro_batch": 96}
-    learning = {"lr": lr, "clip_range": 0.02, "guidance_scale": 3.0, "epochs": 6}
+    batches = {"images_per_epoch": 64, "sample_batch": 64, "micro_batch": 128}
+    learning = {"lr": lr, "clip_range": 0.02, "guidance_scale": 3.0, "epochs": 6, "save_every": 9}
     how = {"objective": objective, "updates_per_epoch": updates, **learning, **batches}
     run = train(model, tmp_path / "run", brightness, **how)
     _, first, *_, last = read_metrics(run)
