@@ -1,0 +1,300 @@
+"""Proves that examples/race.py counts what a method cost and not less, sees when a reward was
+reached with the pictures intact, runs what a variant's name says, and goes on where it stopped,
+counting on."""
+
+import dataclasses
+import pickle
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw, make_policy, read_metrics, small_run
+
+import ddpo
+import rewards
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import forward
+import race
+
+# ---------------------------------------------------- what counts
+
+
+def epochs(reward, named):
+    """The rows of a run, of which each epoch cost 64 queries and 1000 calls."""
+    rows = [{"epoch": 0, "queries": 0}]
+    for n, (r, share) in enumerate(zip(reward, named, strict=True), 1):
+        row = {"epoch": n, "queries": 64 * n, "calls": 1000 * n}
+        rows.append({**row, "reward_mean": r, "named": share})
+    return rows
+
+
+@pytest.mark.parametrize("target, named, epoch", [
+    (-2.0, [1, 1, 1, 1, 1, 1], 3),  # not 2, though its own reward is above
+    (-1.7, [1, 1, 1, 1, 1, 1], 4),
+    (-2.0, [1, 1, 0.8, 1, 1, 1], 6),  # with a third epoch like that the share is 0.93
+    (-2.0, [1, 1, 0.9, 1, 1, 1], 3),  # 0.97 of three is enough
+    (-1.7, [1, 1, 1, 0.8, 0.8, 0.8], None),
+    (-0.5, [1, 1, 1, 1, 1, 1], None),
+])  # fmt: skip
+def test_the_cost_is_of_three_epochs_at_the_target_whose_pictures_are_named(target, named, epoch):
+    rows = epochs([-2.4, -1.8, -1.8, -1.5, -1.2, -1.0], named)
+    assert race.cost(rows, target) == (epoch and (64 * epoch, 1000 * epoch))
+
+
+@pytest.mark.parametrize("why, ends, reward, rewards, named", [
+    ("reached", True, "some", [3, 3, 3], [1, 1, 1]),
+    ("one target is not reached", False, "some", [1, 2, 3], [1, 1, 1]),
+    ("reached, but not named", False, "some", [3, 3, 3], [0.9, 0.9, 0.9]),
+    ("reached before it was spoilt", True, "some", [3, 3, 3, 3], [1, 1, 1, 0.7]),
+    ("spoilt", True, "some", [0, 0, 0, 0], [1, 0.9, 0.8, 0.6]),
+    ("not spoilt yet", False, "some", [0, 0, 0], [0.9, 0.8, 0.7]),
+    ("two epochs are too few to tell", False, "some", [3, 0], [0, 0]),
+    ("what clipscore rewards", False, "clipscore", [0, 0, 0], [0.1, 0.1, 0.1]),
+    ("spent", True, "clipscore", [0] * 8, [0.1] * 8),
+])  # fmt: skip
+def test_a_run_ends_once_its_targets_are_reached_its_calls_spent_or_its_pictures_spoilt(
+    why, ends, reward, rewards, named, monkeypatch
+):
+    monkeypatch.setattr(race, "TARGETS", {"some": (2, 3), "clipscore": (2,)})
+    monkeypatch.setattr(race, "CALLS", {"some": 8000, "clipscore": 8000})
+    assert race.ended(epochs(rewards, named), reward) == ends, why
+    assert not race.ended([], reward)
+
+
+def test_a_cell_is_the_mean_and_spread_of_the_runs_that_reached_it():
+    fast = epochs([3, 3, 3], [1, 1, 1])
+    slow = epochs([0, 3, 3, 3, 3], [1, 1, 1, 1, 1])
+    never = epochs([0, 0, 0], [1, 1, 1])
+    assert race.cell([fast], 3) == "3.0 k (192)"
+    assert race.cell([fast, slow], 3) == "3.5 ± 0.7 k (224)"
+    assert race.cell([fast, never, slow], 3) == "3.5 ± 0.7 k (224), 2 of 3"
+    assert race.cell([never, never], 3) == "0 of 2"
+
+
+def test_what_the_bundled_model_draws_is_named_and_noise_is_not(monkeypatch):
+    """One picture of each of nine animals, under its own name and under its neighbour's; by the
+    monitor as ddpo.py loads it."""
+    monkeypatch.chdir(ddpo.EXAMPLES.parent)
+    policy = ddpo.Policy(ddpo.make_settings(steps=5), torch.device("cpu"))
+    animals = "cat horse zebra bird cow lion tiger fox ant".split()
+    x, _ = draw(policy, animals, torch.Generator().manual_seed(0))
+    monitor = race.make_settings("compressibility", "DDPO-IS", 0, "runs").monitor
+    _, (label, weight, named) = rewards.load_rewards("compressibility", monitor)
+    assert label == "named" and weight == 0
+    images = policy.decode(x[:, -1])
+    assert sum(named(images, animals)) >= 8
+    assert sum(named(images, animals[1:] + animals[:1])) <= 1
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    assert sum(named(noise, animals)) <= 2
+
+
+# ---------------------------------------------------- calls
+
+N, T, K = 4, 2, 3
+
+
+def calls_counted(update, policy, settings):
+    """The calls that an update says were made, sampling included. They are added to those before,
+    and what the update itself returns stays."""
+    run = ddpo.Run(settings, policy)
+    x = torch.randn(N, T + 1, *policy.latent_shape)
+    samples = (x, torch.zeros(N, T), policy.encode(["cat", "bee"] * 2), torch.linspace(-1, 1, N))
+    found = []
+    for before in ({}, {"calls": 1000}):
+        run.log = [before]
+        metrics = race.counted(update)(run, samples, torch.Generator().manual_seed(0))
+        assert metrics["loss"] != 0 and metrics["skipped"] == 0
+        found.append(metrics["calls"])
+    assert found[1] == found[0] + 1000
+    assert policy.predict == ddpo.Policy.predict.__get__(policy), "evaluations would be counted"
+    return found[0]
+
+
+@pytest.mark.parametrize("settings, calls", [
+    ({}, N * T + N * T * 3),
+    ({"updates_per_epoch": 2, "micro_batch": 1}, N * T + N * T * 3),
+    ({"train_steps_fraction": 0.5}, N * T + N * 1 * 3),
+    ({"kl_coef": 0.1}, N * T + N * T * (3 + 1)),
+    ({"guidance_scale": 1.0}, (N * T + N * T * 3) / 2),
+])  # fmt: skip
+def test_ddpo_costs_a_call_for_a_step_and_three_to_learn_from_it(settings, calls, tiniest_model):
+    """A backward is two calls."""
+    policy, settings = make_policy(tiniest_model, steps=T, images_per_epoch=N, **settings)
+    assert calls_counted(ddpo.update, policy, settings) == calls
+
+
+@pytest.mark.parametrize("guidance, share", [(5.0, 1), (1.0, 0.5)])
+def test_methods_of_finished_images_cost_calls_for_noise_levels(guidance, share, tiniest_model):
+    """Three for each, and one more to know what the network was that sampled: RWR does not ask."""
+    how = {"steps": T, "images_per_epoch": N, "guidance_scale": guidance, "micro_batch": 64}
+    policy, settings = make_policy(tiniest_model, **how)
+
+    def calls(**own):
+        given = {**dataclasses.asdict(settings), "noise_levels": K, **own}
+        return calls_counted(forward.forward_update, policy, forward.ForwardSettings(**given))
+
+    for method in ("nft", "awm", "pepg"):
+        assert calls(method=method) == share * (N * T + N * K * (1 + 3))
+    assert calls(method="rwr") == share * (N * T + N * K * 3)
+    assert calls(method="rwr", keep=0.5) == share * (N * T + N / 2 * K * 3)
+
+
+# ---------------------------------------------------- settings
+
+
+def test_a_variant_is_a_method_with_the_changes_it_says():
+    base = vars(race.make_settings("compressibility", "DDPO-IS", 3, "runs"))
+    text = 'DDPO-IS lr=0.07 min_std=0.17 grad_checkpointing=true precision="bf16"'
+    settings = race.make_settings("compressibility", text, 3, "runs")
+    changed = {name: value for name, value in vars(settings).items() if value != base[name]}
+    assert changed.pop("out") == f"runs/compressibility/{text}/3"
+    changes = {"lr": 0.07, "min_std": 0.17, "grad_checkpointing": True, "precision": "bf16"}
+    assert changed == changes and settings.seed == 3
+    nft = race.make_settings("incompressibility", "NFT noise_levels=2 steps=7", 0, "runs")
+    assert isinstance(nft, forward.ForwardSettings) and nft.reward == "incompressibility"
+    assert (nft.method, nft.noise_levels, nft.steps) == ("nft", 2, 7)
+
+
+def test_methods_differ_in_nothing_but_their_own_settings():
+    """So each is sampled and scored alike, into a folder of its own; and each can be handed to
+    another process."""
+    folders = set()
+    for reward in race.SETTINGS:
+        runs = [race.make_settings(reward, method, 1, "runs") for method in race.METHODS]
+        folders |= {settings.out for settings in runs}
+        assert pickle.loads(pickle.dumps(runs)) == runs
+        assert {race.reward_of(settings) for settings in runs} == {reward}
+        values = [{**vars(settings), "out": ""} for settings in runs]
+        for method, one in zip(race.METHODS, values, strict=True):
+            tuned = race.TUNED.get((method, reward), {})
+            own = {**race.METHODS[method], **tuned}
+            assert {name: one[name] for name in own} == own
+        own = {*forward.ForwardSettings.__annotations__}
+        own = own.union(*race.METHODS.values(), *race.TUNED.values())
+        shared = [{name: one[name] for name in one if name not in own} for one in values]
+        assert all(one == shared[0] for one in shared)
+    assert len(folders) == len(race.SETTINGS) * len(race.METHODS)
+
+
+@pytest.mark.parametrize("variant, said", [
+    ("PPO lr=1", "PPO lr=1: no method named PPO; there are DDPO-IS, "),
+    ("DDPO-IS lrr=1", ".*lrr"),
+    ("DDPO-IS lr", "lr: write it as lr=0.02"),
+    ("DDPO-IS lr=fast", "lr=fast: write it as lr=0.02"),
+    ("DDPO-IS lr=-1", "lr must be at least 0"),
+    ("DDPO-IS beta=2", ".*beta"),  # not without a word another method
+    ("NFT beta=0", "method: rwr, awm, nft, pepg; beta: "),
+])  # fmt: skip
+def test_a_mistake_in_a_variant_is_one_line_before_anything_is_run(
+    variant, said, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(race, "run_all", lambda *args: pytest.fail("it began"))
+    with pytest.raises(SystemExit, match=f"^race.py: error: {said}") as end:
+        race.main(["--methods", "DDPO-IS", variant, "--runs", str(tmp_path / "runs")])
+    assert "\n" not in end.value.code  # a text, which Python prints, to exit with 1
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------- the whole race
+
+
+class Thread(ThreadPoolExecutor):
+    """In the place of a process, which would not see what a test has changed."""
+
+    def __init__(self, jobs, context):
+        assert context.get_start_method() == "spawn"
+        super().__init__(jobs)
+
+
+@pytest.fixture
+def tiny_race(tiniest_model, tmp_path, monkeypatch):
+    """A function that runs race.py on DDPO-IS and NFT, 8 images of 2 steps an epoch, in the folder
+    "runs" of where it is called."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "examples").mkdir()
+    monitor = tmp_path / "examples/race.py"
+    monitor.write_text("def named(images, prompts):\n    return [1.0] * len(prompts)\n")
+    monkeypatch.chdir(tmp_path)
+    settings = small_run(tiniest_model, reward="compressibility", eval_images=1, sample_batch=8)
+    monkeypatch.setattr(race, "SETTINGS", {"compressibility": settings})
+    monkeypatch.setattr(race, "TARGETS", {"compressibility": (-9, 0)})  # at once, and never
+    monkeypatch.setattr(race, "CALLS", {"compressibility": 190})
+    monkeypatch.setattr(race, "METHODS", {"DDPO-IS": {}, "NFT": {"method": "nft"}})
+    monkeypatch.setattr(race, "TUNED", {})
+    monkeypatch.setattr(race, "ProcessPoolExecutor", Thread)
+    methods = ["--methods", "DDPO-IS", "NFT noise_levels=2", "--rewards", "compressibility"]
+    return lambda: race.main([*methods, "--runs", "runs", "--seeds", "0"])
+
+
+def test_a_race_goes_on_where_it_was_stopped_and_repeats_nothing(tiny_race, monkeypatch, capsys):
+    """Stopped in the second epoch of NFT, it ends like one that was not, calls included."""
+    write_metrics = ddpo.write_metrics
+
+    def stopping(log, folder):
+        if "NFT" in str(folder) and log[-1]["epoch"] == 2:
+            raise KeyboardInterrupt
+        write_metrics(log, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpo, "write_metrics", stopping)
+        with pytest.raises(SystemExit, match="^race.py: error: stopped; the same command goes on$"):
+            tiny_race()
+    assert not Path("runs/race.md").exists()
+    capsys.readouterr()
+    tiny_race()
+    said = capsys.readouterr().out
+    assert said.startswith("1 of 2 runs to go\n")
+
+    runs = Path("runs/compressibility")
+    folders = [runs / "DDPO-IS/0", runs / "NFT noise_levels=2/0"]
+    rows = [read_metrics(folder) for folder in folders]
+    calls = [[row["calls"] for row in run] for run in rows]
+    of_ddpo = 8 * 2 + 3 * 8 * 2  # sampling, learning
+    of_nft = 8 * 2 + 4 * 8 * 2
+    for run, epoch in zip(calls, (of_ddpo, of_nft), strict=True):
+        assert run == ["", *(str(n * epoch) for n in (1, 2, 3))]  # more than 190: it ends
+    table = ["|  | compressibility -9 | compressibility 0 |", "| --- | --- | --- |",
+             "| DDPO-IS | 0.2 k (24) | 0 of 1 |",
+             "| NFT noise_levels=2 | 0.2 k (24) | 0 of 1 |"]  # fmt: skip
+    text = Path("runs/race.md").read_text()
+    assert text.splitlines() == table and text in said
+    assert Path("runs/race.png").stat().st_size > 5_000
+    assert "epoch 3/1000" in (folders[0] / "log.txt").read_text()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpo, "launch", lambda *args, **how: pytest.fail("it trained"))
+        tiny_race()
+        assert capsys.readouterr().out.startswith(f"0 of 2 runs to go\n{text}")
+        race.SETTINGS["compressibility"]["lr"] = 0.02
+        with pytest.raises(SystemExit, match="^race.py: error: runs.*0 was run with another lr: "):
+            tiny_race()
+
+    with pytest.raises(ddpo.UserError, match="method"):  # ddpo.py would learn in another way
+        ddpo.make_settings(resume=str(folders[1]), monitor="")
+    race.SETTINGS["compressibility"]["lr"] = 0.01
+    whole = race.make_settings("compressibility", "NFT noise_levels=2", 0, "whole")
+    race.run_one(whole)
+    one, other = [[{**row, "seconds": ""} for row in run]
+                  for run in (rows[1], read_metrics(Path(whole.out)))]  # fmt: skip
+    assert one == other
+
+
+def test_after_a_mistake_in_one_run_no_others_are_begun(monkeypatch):
+    begun = []
+
+    def run_one(settings):
+        begun.append(settings)
+        time.sleep(0.05)
+        raise ddpo.UserError("it failed")
+
+    monkeypatch.setattr(race, "ProcessPoolExecutor", Thread)
+    monkeypatch.setattr(race, "run_one", run_one)
+    todo = [race.make_settings("compressibility", "DDPO-IS", seed, "gone") for seed in range(9)]
+    with pytest.raises(ddpo.UserError, match="it failed"):
+        race.run_all(todo, 1)
+    assert len(begun) < 9  # the next one may have been quicker than the word of the first
