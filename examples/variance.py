@@ -1,7 +1,7 @@
 """Which noise decides the reward? The share of a reward's variance that is due to the prompt, to
 the first noise x_T, and to the noise of each denoising step.
 
-    python examples/variance.py --reward compressibility   # 5 minutes on one core
+    python examples/variance.py --reward compressibility   # some minutes on one core
 
 It takes the flags of ddpo.py, for any model and reward. DDPO learns from the noise of the steps.
 The prompt's share is taken out by the prompt's statistics, that of x_T where the images of a group
