@@ -269,7 +269,7 @@ class PromptStats:
 
 def clipped_loss(logp, logp_old, adv, clip_range):
     """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (P,). So samples
-    serve several updates."""
+    serve several updates: beyond the clip range a pair that is favoured already stops pulling."""
     ratio = torch.exp(logp - logp_old)
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_range, 1 + clip_range))
 
@@ -822,8 +822,8 @@ def parse(argv=None, kind=Settings):
 
 
 def launch(settings, folder=None, reward=None, update=update, run_class=Run):
-    """Train a new run, or go on with the one in `folder`; returns the folder. `reward` may be a
-    Python function in the place of settings.reward."""
+    """Train a new run, or go on with the one in `folder`; returns the folder. `reward` is a Python
+    function in the place of settings.reward; `update` and `run_class` take the place of ours."""
     if reward:
         settings = replace(settings, reward=reward.__name__)
     prompts = load_prompts(settings.prompts)

@@ -102,7 +102,8 @@ def pair_loss(policy, settings, x_t, t, cond, target, adv, old=None):  # (P,)
 
 def forward_update(run, samples, generator):
     """In the place of ddpo.update: a step on each minibatch of images, with all of their pairs."""
-    settings, policy = run.settings, run.policy
+    settings = run.settings
+    policy = run.policy
     x, _, cond, adv = samples
     adv = adv - adv.mean()
     order = torch.randperm(len(x), generator=generator)
@@ -111,12 +112,15 @@ def forward_update(run, samples, generator):
         order = order[adv.cpu()[order] > 0]  # the others would be work for nothing
     # The K times are stratified. A prompt's images share them and the noise: only images differ.
     abar = policy.scheduler.alphas_cumprod.to(x.device).view(-1, 1, 1, 1)
-    K, group, end = settings.noise_levels, settings.samples_per_prompt, len(abar)
+    K = settings.noise_levels
+    group = settings.samples_per_prompt
+    end = len(abar)
     t = (torch.arange(K) * end + torch.randint(end, (len(x) // group, K), generator=generator)) // K
     noise = torch.randn(*t.shape, *x.shape[2:], generator=generator)
     t, noise = [v.repeat_interleave(group, 0)[order].flatten(0, 1).to(x.device) for v in (t, noise)]
     x_0, cond, adv = [v[order].repeat_interleave(K, 0) for v in (x[:, -1], cond, adv)]
-    signal, sigma = abar[t].sqrt(), (1 - abar[t]).sqrt()
+    signal = abar[t].sqrt()
+    sigma = (1 - abar[t]).sqrt()
     x_t = signal * x_0 + sigma * noise
     targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * x_0, "sample": x_0}
     pairs = [x_t, t, cond, targets[policy.scheduler.config.prediction_type], adv]
@@ -125,7 +129,8 @@ def forward_update(run, samples, generator):
         with torch.no_grad():
             old = [policy.predict(x_t[i], t[i], cond[i]) for i in rows.split(policy.micro_batch)]
         pairs.append(torch.cat(old))
-    losses, norms = [], []
+    losses = []
+    norms = []
     for minibatch in rows.chunk(settings.updates_per_epoch):
         for micro in minibatch.split(policy.micro_batch):
             loss = pair_loss(policy, settings, *[v[micro] for v in pairs]).sum() / (len(x) * K)
