@@ -92,7 +92,7 @@ class Settings:
     init_lora: str = ""  # LoRA file to start from, of --lora-rank
     weight_decay: float = 1e-4  # AdamW's
     grad_clip: float = 1.0  # the gradient's norm is clipped to this
-    stats_buffer: int = 32  # rewards remembered of each prompt
+    stats_buffer: int = 32  # rewards remembered of each prompt, without groups
     stats_min_count: int = 16  # with fewer, a prompt is compared with the batch
     # against over-optimisation
     kl_coef: float = 0.0  # what a nat from the pretrained model costs in advantage
@@ -303,7 +303,7 @@ def measure_kl(policy, x, cond, generator):
     return float(total) / len(images)
 
 
-def spread(x_0, cond):
+def diversity(x_0, cond):
     """Mean distance of the final latents (N, C, H, W) of the same prompt; None if none has two."""
     x_0 = x_0.flatten(1)
     same = (cond[:, None] == cond).triu(1)
@@ -630,7 +630,6 @@ class Run:
         enough = min(settings.stats_min_count, settings.stats_buffer)
         self.stats = PromptStats(settings.stats_buffer, enough, settings.samples_per_prompt)
         self.log = []
-        self.first_spread = None
 
     def step(self):
         """An optimizer step, but none if the gradient is not finite. Returns its norm."""
@@ -652,9 +651,7 @@ class Run:
             row |= zip(labels, scores.mean(0)[1:].tolist())
         if self.settings.lora_rank:  # else there is no pretrained model left
             row["kl"] = measure_kl(self.policy, x, cond, generator)
-        distance = spread(x[:, -1], cond)
-        self.first_spread = self.first_spread or distance
-        row["diversity"] = distance and distance / self.first_spread
+        row["diversity"] = diversity(x[:, -1], cond)
         return row
 
     def evaluate(self, terms, prompts, folder, epoch):
@@ -678,7 +675,7 @@ class Run:
             save_lora(self.policy.unet, folder / "pytorch_lora_weights.safetensors")
         state = {"weights": nn.ParameterList(self.policy.weights).state_dict(), "log": self.log,
                  "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                 "stats": self.stats.buffers, "first_spread": self.first_spread}
+                 "stats": self.stats.buffers}
         with whole_file(folder / "state.pt") as tmp, open(tmp, "wb") as file:
             torch.save(state, file)
 
@@ -692,7 +689,6 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             self.stats.buffers = state["stats"]
             self.log = state["log"]
-            self.first_spread = state["first_spread"]
 
 
 @contextmanager
@@ -772,8 +768,7 @@ def load_prompts(name):
 
 def pick_device(name):
     """The torch.device of that name, or for "auto" the best one of this machine."""
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else best
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explained(f"device {name}: not on this machine, which has {best}"):
         return torch.empty(0, device=best if name == "auto" else name).device
 

@@ -56,7 +56,6 @@ class SharedRun(ddpo.Run):
 
     def describe(self, terms, prompts, x, cond, scores, generator):
         row = mean(super().describe(terms, prompts, x, cond, scores, generator))
-        self.first_spread = mean({"": self.first_spread})[""]  # after the first epoch it stays
         row["queries"] = self.log[-1]["queries"] + sum(gather(len(prompts)))
         row["reward_std"] = torch.cat(gather(scores))[:, 0].std().item()
         return row

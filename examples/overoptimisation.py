@@ -125,7 +125,7 @@ Means over the 64 images of an epoch; the start is epoch 1. The limit was chosen
 seeds 0 and 1.
 
 | seed | run | epochs | KL, nats | reward, kB | gain, of the free run's | monitor \
-| of the start's | diversity |
+| of the start's | diversity, of the start's |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -143,7 +143,7 @@ def tabulate(runs):
             cells += [f"{reward[0]:.2f} to {reward[-1]:.2f}"]
             cells += [f"{(reward[-1] - reward[0]) / gain:.0%}"]
             cells += [f"{monitor[0]:.3f} to {monitor[-1]:.3f}", f"{monitor[-1] / monitor[0]:.0%}"]
-            cells += [f"{m['diversity'][-1]:.2f}"]
+            cells += [f"{m['diversity'][-1] / m['diversity'][0]:.2f}"]
             text += f"| {' | '.join(cells)} |\n"
     return text
 
