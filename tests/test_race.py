@@ -32,17 +32,19 @@ def epochs(reward, named):
     return rows
 
 
-@pytest.mark.parametrize("target, named, epoch", [
-    (-2.0, [1, 1, 1, 1, 1, 1], 3),  # not 2, though its own reward is above
-    (-1.7, [1, 1, 1, 1, 1, 1], 4),
-    (-2.0, [1, 1, 0.8, 1, 1, 1], 6),  # with a third epoch like that the share is 0.93
-    (-2.0, [1, 1, 0.9, 1, 1, 1], 3),  # 0.97 of three is enough
-    (-1.7, [1, 1, 1, 0.8, 0.8, 0.8], None),
-    (-0.5, [1, 1, 1, 1, 1, 1], None),
+@pytest.mark.parametrize("target, named, epoch, share", [
+    (-2.0, [1, 1, 1, 1, 1, 1], 3, 1),  # not 2, though its own reward is above
+    (-1.7, [1, 1, 1, 1, 1, 1], 4, 1),
+    (-2.0, [1, 1, 0.8, 1, 1, 1], 6, 1),  # with a third epoch like that the share is 0.93
+    (-2.0, [1, 1, 0.9, 1, 1, 1], 3, 2.9 / 3),  # which is enough
+    (-1.7, [1, 1, 1, 0.8, 0.8, 0.8], None, None),
+    (-0.5, [1, 1, 1, 1, 1, 1], None, None),
 ])  # fmt: skip
-def test_the_cost_is_of_three_epochs_at_the_target_whose_pictures_are_named(target, named, epoch):
+def test_the_cost_is_of_three_epochs_at_the_target_whose_pictures_are_named(
+    target, named, epoch, share
+):
     rows = epochs([-2.4, -1.8, -1.8, -1.5, -1.2, -1.0], named)
-    assert race.cost(rows, target) == (epoch and (64 * epoch, 1000 * epoch))
+    assert race.cost(rows, target) == (epoch and (64 * epoch, 1000 * epoch, pytest.approx(share)))
 
 
 @pytest.mark.parametrize("why, ends, reward, rewards, named", [
@@ -69,10 +71,20 @@ def test_a_cell_is_the_mean_and_spread_of_the_runs_that_reached_it():
     fast = epochs([3, 3, 3], [1, 1, 1])
     slow = epochs([0, 3, 3, 3, 3], [1, 1, 1, 1, 1])
     never = epochs([0, 0, 0], [1, 1, 1])
-    assert race.cell([fast], 3) == "3.0 k (192)"
-    assert race.cell([fast, slow], 3) == "3.5 ± 0.7 k (224)"
-    assert race.cell([fast, never, slow], 3) == "3.5 ± 0.7 k (224), 2 of 3"
+    assert race.cell([fast], 3) == "3.0 k (192; 100%)"
+    assert race.cell([fast, slow], 3) == "3.5 ± 0.7 k (224; 100%)"
+    assert race.cell([fast, never, slow], 3) == "3.5 ± 0.7 k (224; 100%), 2 of 3"
     assert race.cell([never, never], 3) == "0 of 2"
+    assert race.cell([], 3) == race.best([]) == ""
+
+
+def test_the_best_is_the_best_reward_while_the_pictures_were_named():
+    spoilt = epochs([0, 3, 6, 9, 9], [1, 1, 1, 1, 0.5])
+    slow = epochs([1, 1, 1], [1, 1, 1])
+    never = epochs([3, 3, 3], [0.9, 0.9, 0.9])
+    assert race.best([spoilt]) == race.best([spoilt, never]) == "6.00"
+    assert race.best([spoilt, slow]) == "3.50 ± 3.54"
+    assert race.best([never]) == ""
 
 
 def test_what_the_bundled_model_draws_is_named_and_noise_is_not(monkeypatch):
@@ -258,9 +270,11 @@ def test_a_race_goes_on_where_it_was_stopped_and_repeats_nothing(tiny_race, monk
     of_nft = 8 * 2 + 4 * 8 * 2
     for run, epoch in zip(calls, (of_ddpo, of_nft), strict=True):
         assert run == ["", *(str(n * epoch) for n in (1, 2, 3))]  # more than 190: it ends
-    table = ["|  | compressibility -9 | compressibility 0 |", "| --- | --- | --- |",
-             "| DDPO-IS | 0.2 k (24) | 0 of 1 |",
-             "| NFT noise_levels=2 | 0.2 k (24) | 0 of 1 |"]  # fmt: skip
+    mean = [sum(float(row["reward_mean"]) for row in run[1:]) / 3 for run in rows]
+    head = " | compressibility ".join(["| ", "-9", "0", "best |"])
+    table = [head, "| --- | --- | --- | --- |",
+             f"| DDPO-IS | 0.2 k (24; 100%) | 0 of 1 | {mean[0]:.2f} |",
+             f"| NFT noise_levels=2 | 0.2 k (24; 100%) | 0 of 1 | {mean[1]:.2f} |"]  # fmt: skip
     text = Path("runs/race.md").read_text()
     assert text.splitlines() == table and text in said
     assert Path("runs/race.png").stat().st_size > 5_000
