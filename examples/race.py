@@ -54,16 +54,20 @@ TARGETS = {"compressibility": (-1.8, -1.7), "incompressibility": (2.5, 2.7), "cl
 CALLS = {"compressibility": 15_000, "incompressibility": 15_000, "clipscore": 6_000}  # the most
 NAMED = 0.95  # at least, for a reward to count
 SPOILT = 0.8  # a run with fewer pictures named does not come back
-FORWARD = {"noise_levels": 2, "adv_clip": 5.0}
-METHODS = {  # settings for all rewards, and for some
+FORWARD = {"noise_levels": 2, "adv_clip": 5.0, "lr": 0.004}
+METHODS = {  # beside the bundled model's own settings
     "DDPO-IS": {},
-    "DDPO-SF": {"objective": "reinforce", "updates_per_epoch": 1},
+    "DDPO-SF": {"objective": "reinforce", "updates_per_epoch": 1, "lr": 0.004},
     "RWR": {"method": "rwr", **FORWARD},
     "AWM": {"method": "awm", **FORWARD},
     "NFT": {"method": "nft", "beta": 0.1, **FORWARD},
     "PEPG": {"method": "pepg", **FORWARD},
 }
-TUNED = {}  # what suits a method on one reward
+TUNED = {  # what suits a method on one reward, by runs of seed 0 at two or three rates
+    ("DDPO-IS", "incompressibility"): {"lr": 0.006},
+    ("DDPO-SF", "incompressibility"): {"lr": 0.01},
+    ("AWM", "incompressibility"): {"lr": 0.01},
+}
 
 
 # ---------------------------------------------------- the yardstick

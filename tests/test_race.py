@@ -166,9 +166,9 @@ def test_a_variant_is_a_method_with_the_changes_it_says():
     assert changed.pop("out") == f"runs/compressibility/{text}/3"
     changes = {"lr": 0.07, "min_std": 0.17, "grad_checkpointing": True, "precision": "bf16"}
     assert changed == changes and settings.seed == 3
-    nft = race.make_settings("incompressibility", "NFT noise_levels=2 steps=7", 0, "runs")
+    nft = race.make_settings("incompressibility", "NFT noise_levels=3 steps=5", 0, "runs")
     assert isinstance(nft, forward.ForwardSettings) and nft.reward == "incompressibility"
-    assert (nft.method, nft.noise_levels, nft.steps) == ("nft", 2, 7)
+    assert (nft.method, nft.noise_levels, nft.steps) == ("nft", 3, 5)
 
 
 def test_methods_differ_in_nothing_but_their_own_settings():
