@@ -34,7 +34,7 @@ def test_functions_that_it_names_are_in_the_file():
 def test_flags_that_it_names_exist():
     flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(ddpo.Settings)}
     of_scripts = {"--resume", "--help", "--arch", "--repeats", "--nproc-per-node", "--gif"}
-    of_scripts |= {"--method"}
+    of_scripts |= {"--method", "--jobs"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= flags | of_scripts
 
 
