@@ -69,6 +69,7 @@ TUNED = {  # what suits a method on one reward, by runs of seed 0 at one to four
     ("AWM", "incompressibility"): {"lr": 0.01},
     ("RWR", "compressibility"): {"lr": 0.0015},
     ("NFT", "compressibility"): {"lr": 0.0015},
+    ("AWM", "compressibility"): {"lr": 0.0015},
 }
 
 
