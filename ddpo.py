@@ -68,7 +68,7 @@ class Settings:
     out: str = ""  # run folder; empty: runs/REWARD, or runs/REWARD-2, ...
     seed: int = 0  # of every random number
     device: str = "auto"  # cuda, mps or cpu; auto: the first that is there
-    precision: str = "auto"  # fp32, bf16, fp16; auto: fp16 on cuda, bf16 on the cpu
+    precision: str = "auto"  # fp32, bf16, fp16; auto: fp16 on cuda, else fp32
     # sampling
     epochs: int = 50  # rounds of sampling and training
     images_per_epoch: int = 64  # images sampled in an epoch (the paper: 256)
@@ -236,22 +236,16 @@ def sample(policy, terms, prompts, batch_size, generator, group=1):
 
 class PromptStats:
     """The recent rewards of each prompt, in the place of a value function. A prompt with fewer
-    than `min_count` of them is compared with the whole batch. Groups of several images, which
-    started from the same noise, need no memory: theirs is the mean of the group (GRPO)."""
+    than `min_count` of them is compared with the whole batch."""
 
-    def __init__(self, buffer_size=32, min_count=16, group=1):
+    def __init__(self, buffer_size=32, min_count=16):
         self.buffer_size = buffer_size
-        self.min_count = min_count
-        self.group = group
+        self.min_count = min(min_count, buffer_size)
         self.buffers = {}
 
     def advantages(self, prompts, rewards):
         """Remember the rewards (B,) of the B prompts; (rewards - mean) / std, (B,) float32."""
-        rewards = np.asarray(rewards, dtype=np.float64)  # integers would truncate the advantages
-        if self.group > 1:  # the std is that of all, as a small group has hardly one of its own
-            groups = rewards.reshape(-1, self.group)
-            adv = (groups - groups.mean(1, keepdims=True)).flatten()
-            return torch.tensor(adv / (adv.std() + 1e-6), dtype=torch.float32)
+        rewards = np.asarray(rewards, dtype=np.float64)
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.buffers.setdefault(prompt, []).append(reward)
         adv = []
@@ -262,6 +256,14 @@ class PromptStats:
                 past = rewards
             adv.append((reward - np.mean(past)) / (np.std(past) + 1e-6))
         return torch.tensor(adv, dtype=torch.float32)
+
+
+def group_advantages(rewards, group):
+    """Groups of images from the same noise need no memory: their baseline is the group's mean, as
+    in GRPO. The std is that of all (B,), as a small group has hardly one of its own."""
+    groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group)
+    adv = groups - groups.mean(1, keepdims=True)
+    return torch.tensor(adv.flatten() / (adv.std() + 1e-6), dtype=torch.float32)
 
 
 # ---------------------------------------------------- 4. objectives, KL, diversity
@@ -391,7 +393,7 @@ def train(run, terms, prompts, eval_prompts, folder, update=update):
         drawn = [prompts[i] for i in chosen.repeat_interleave(group)]
         x, logp_old, scores = sample(policy, terms, drawn, settings.sample_batch, noise, group)
         cond = policy.encode(drawn)
-        adv = run.stats.advantages(drawn, scores[:, 0])
+        adv = run.advantages(drawn, scores[:, 0])
         adv = adv.clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
 
         row = {"epoch": epoch, **run.describe(terms, drawn, x, cond, scores, choice)}
@@ -424,8 +426,8 @@ class Policy:
 
     def __init__(self, settings, device):
         self.device = device
-        half = {"cuda": torch.float16, "cpu": torch.bfloat16}.get(device.type, torch.float32)
-        self.dtype = DTYPES[settings.precision] or half
+        auto = torch.float16 if device.type == "cuda" else torch.float32
+        self.dtype = DTYPES[settings.precision] or auto
         self.pipe = load_pipeline(settings.model)
         self.unet = self.pipe.unet
         self.conditional = hasattr(self.pipe, "vae")
@@ -627,9 +629,15 @@ class Run:
         self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, weight_decay=decay)
         fp16 = policy.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
-        enough = min(settings.stats_min_count, settings.stats_buffer)
-        self.stats = PromptStats(settings.stats_buffer, enough, settings.samples_per_prompt)
+        self.stats = PromptStats(settings.stats_buffer, settings.stats_min_count)
         self.log = []
+
+    def advantages(self, prompts, rewards):
+        """Of an epoch's images (N,): among their group, or else among their prompt's images."""
+        group = self.settings.samples_per_prompt
+        if group > 1:
+            return group_advantages(rewards, group)
+        return self.stats.advantages(prompts, rewards)
 
     def step(self):
         """An optimizer step, but none if the gradient is not finite. Returns its norm."""

@@ -32,12 +32,6 @@ def mean(row):  # over all processes, of each number in it; None where one of th
     return {k: None if None in v else sum(v) / len(v) for k, v in zip(row, columns)}
 
 
-class SharedStats(ddpo.PromptStats):
-    def advantages(self, prompts, rewards):  # of this process's images, among the rewards of all
-        adv = super().advantages(sum(gather(prompts), []), torch.cat(gather(rewards)))
-        return adv.split(len(prompts))[dist.get_rank()]
-
-
 class SharedRun(ddpo.Run):
     def __init__(self, settings, policy):
         images, rest = divmod(settings.images_per_epoch, dist.get_world_size())
@@ -46,7 +40,10 @@ class SharedRun(ddpo.Run):
         seed = settings.seed + 101 * dist.get_rank()  # each has prompts and noise of its own
         rarely = {"eval_every": 10**9, "save_every": 10**9} if dist.get_rank() else {}
         super().__init__(replace(settings, images_per_epoch=images, seed=seed, **rarely), policy)
-        self.stats = SharedStats(self.stats.buffer_size, self.stats.min_count, self.stats.group)
+
+    def advantages(self, prompts, rewards):  # of this process's images, among the rewards of all
+        adv = super().advantages(sum(gather(prompts), []), torch.cat(gather(rewards)))
+        return adv.split(len(prompts))[dist.get_rank()]
 
     def step(self):
         for weight in self.policy.weights:
