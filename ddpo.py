@@ -460,7 +460,6 @@ class Policy:
             self.unet.to(self.dtype)
         # The rest stays in float32: XL's VAE overflows in fp16, and bf16 is too coarse for pixels.
         self.pipe.to(self.device)
-        self.unet.eval()  # dropout would make the ratio differ from 1
         if cuda:
             self.unet.to(memory_format=torch.channels_last)  # as its convolutions want it
         if cuda and self.conditional:
@@ -791,18 +790,17 @@ def make_settings(resume="", kind=Settings, **flags):
         if resume or file.is_file():
             values = json.loads(file.read_text())
         values.pop("made_with", None)
-        text = {k for k, v in values.items() if type(v) is str}
-        if resume:  # all text was on the command line, but the folder may be somebody else's
-            text = {k for k in ("reward", "monitor") if ":" in values.get(k, "")}
-        for k in text - flags.keys():  # no code, no folders
-            again = f"--{k} {shlex.quote(values[k])}"
-            raise UserError(f"{file} cannot decide the {k}; if you trust it, add {again}")
+        for k, v in values.items():  # others' files decide on no code, and models' on no folders
+            ours = resume and not (k in ("reward", "monitor") and ":" in v)
+            if type(v) is str and not ours and k not in flags:
+                again = f"--{k} {shlex.quote(v)}"
+                raise UserError(f"{file} cannot decide the {k}; if you trust it, add {again}")
     if resume:
         print("resumes", resume, {k: v for k, v in flags.items() if values.get(k) != v} or "")
     if flags.get("objective") == "reinforce":
         values["updates_per_epoch"] = 1
     if {**values, **flags}.get("lora_rank") == 0 and ("lora_rank" in flags or "lr" not in values):
-        values["lr"] = 1e-5  # the paper's, for the whole UNet
+        values |= {"lr": 1e-5, "kl_stop": 0.0}  # for the whole UNet, which has no KL
     with explained(f"settings of {file} and flags"):
         return kind(**{**values, **flags})
 

@@ -5,8 +5,9 @@ the pictures are still what they should be.
     python examples/race.py --rewards compressibility --methods DDPO-IS --seeds 0   # a few minutes
     python examples/race.py --jobs 2     # all of it, each run on one core: some hours
 
-The same command goes on with what was stopped, and draws race.md and race.png from what there is.
-Run it from the repository's folder.
+The same command goes on with what was stopped, and draws race.md and race.png from what there is,
+with the rows of all runs in race.csv. With --known examples/race.csv it runs only what is missing
+there. Run it from the repository's folder.
 
 A run ends when it has reached its targets, has spent its calls, or has spoilt its pictures. What
 counts is the mean of three successive epochs of 64 images, with at least 95 % of them named by
@@ -227,6 +228,35 @@ def run_all(todo, jobs):
 
 # ---------------------------------------------------- results
 
+ROW = ["run", "epoch", "queries", "calls", "reward_mean", "named"]  # of race.csv
+
+
+def pack(todo, folder):
+    """Write race.csv: a row for each epoch of the runs that have ended."""
+    with open(folder / "race.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ROW, extrasaction="ignore")
+        writer.writeheader()
+        for reward, variant, settings in todo:
+            rows = read(settings)
+            for row in rows[1:] if ended(rows, reward) else []:
+                run = f"{reward}/{variant}/{settings.seed}"
+                values = {name: f"{row[name]:.6g}" for name in ROW[1:]}
+                writer.writerow({"run": run, **values})
+
+
+def unpack(path, folder):
+    """Put the runs of a race.csv where `read` finds them, but none over one that is there."""
+    with ddpo.explained(f"--known {path}: no race.csv"), open(path, encoding="utf-8") as file:
+        for run, rows in itertools.groupby(csv.DictReader(file), lambda row: row["run"]):
+            metrics = folder / run / "metrics.csv"
+            if not metrics.parent.exists():
+                metrics.parent.mkdir(parents=True)
+                with open(metrics, "w", newline="") as out:
+                    writer = csv.DictWriter(out, ROW[1:], extrasaction="ignore")
+                    writer.writeheader()
+                    writer.writerow({"epoch": 0, "queries": 0})
+                    writer.writerows(rows)
+
 
 def cell(runs, target):
     """Thousands of calls to a target, mean and standard deviation over seeds; the queries, and the
@@ -279,6 +309,7 @@ def report(todo, folder):
             seeds = by_reward.get(reward, [])
             row.append(best(seeds) if target == "best" else cell(seeds, target))
         table.append(row)
+    pack(todo, folder)
     text = "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
     (folder / "race.md").write_text(text, encoding="utf-8")
 
@@ -300,7 +331,7 @@ def report(todo, folder):
     figure.tight_layout()
     figure.savefig(folder / "race.png", dpi=120)
     plt.close(figure)
-    print(f"{text}saved race.md and race.png in {folder}")
+    print(f"{text}saved race.md, race.csv and race.png in {folder}")
 
 
 def main(argv=None):
@@ -312,6 +343,7 @@ def main(argv=None):
         help='default: all; with changes to settings: "DDPO-IS lr=0.02 min_std=0"')  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="INT")
     add("--jobs", type=int, default=1, help="runs at once, each on one core")
+    add("--known", metavar="FILE", help="a race.csv, whose runs need not be run")
     add("--runs", type=Path, default=Path("runs/race"), help="folder of the runs and the results")
     args = parser.parse_args(argv)
     if not importlib.util.find_spec("matplotlib"):  # better said now than after a night
@@ -320,6 +352,8 @@ def main(argv=None):
         todo = []
         for seed, reward, variant in itertools.product(args.seeds, args.rewards, args.methods):
             todo.append((reward, variant, make_settings(reward, variant, seed, args.runs)))
+        if args.known:
+            unpack(args.known, args.runs)
         run_all([settings for _, _, settings in todo], args.jobs)
         report(todo, args.runs)
     except ddpo.UserError as error:

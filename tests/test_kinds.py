@@ -409,6 +409,12 @@ def test_the_default_learning_rate_if_the_model_brings_settings(text, argv, lr, 
     assert ddpo.parse(["--model", str(tmp_path), *argv.split()])[0].lr == lr
 
 
+def test_a_limit_of_kl_that_the_model_brings_is_for_a_lora(tmp_path):
+    (tmp_path / "ddpo.json").write_text('{"kl_stop": 7}')
+    assert ddpo.make_settings(model=str(tmp_path)).kl_stop == 7
+    assert ddpo.make_settings(model=str(tmp_path), lora_rank=0).kl_stop == 0
+
+
 @pytest.mark.parametrize(
     "size, given, used",
     [

@@ -240,7 +240,7 @@ def tiny_race(tiniest_model, tmp_path, monkeypatch):
     monkeypatch.setattr(race, "TUNED", {})
     monkeypatch.setattr(race, "ProcessPoolExecutor", Thread)
     methods = ["--methods", "DDPO-IS", "NFT noise_levels=2", "--rewards", "compressibility"]
-    return lambda: race.main([*methods, "--runs", "runs", "--seeds", "0"])
+    return lambda *more: race.main([*methods, "--runs", "runs", "--seeds", "0", *more])
 
 
 def test_a_race_goes_on_where_it_was_stopped_and_repeats_nothing(tiny_race, monkeypatch, capsys):
@@ -287,10 +287,19 @@ def test_a_race_goes_on_where_it_was_stopped_and_repeats_nothing(tiny_race, monk
         race.SETTINGS["compressibility"]["lr"] = 0.02
         with pytest.raises(SystemExit, match="^race.py: error: runs.*0 was run with another lr: "):
             tiny_race()
+        race.SETTINGS["compressibility"]["lr"] = 0.01
+
+    Path("runs").rename("elsewhere")
+    with monkeypatch.context() as patch:  # the table of the runs is enough
+        patch.setattr(ddpo, "launch", lambda *args, **how: pytest.fail("it trained"))
+        tiny_race("--known", "elsewhere/race.csv")
+    said = capsys.readouterr().out
+    assert said.startswith("0 of 2 runs to go\n") and f"| {mean[0]:.2f} |" in said
+    assert Path("runs/race.csv").read_text() == Path("elsewhere/race.csv").read_text()
+    Path("elsewhere").rename("runs.old")
 
     with pytest.raises(ddpo.UserError, match="method"):  # ddpo.py would learn in another way
-        ddpo.make_settings(resume=str(folders[1]), monitor="")
-    race.SETTINGS["compressibility"]["lr"] = 0.01
+        ddpo.make_settings(resume=str("runs.old" / folders[1].relative_to("runs")), monitor="")
     whole = race.make_settings("compressibility", "NFT noise_levels=2", 0, "whole")
     race.run_one(whole)
     one, other = [[{**row, "seconds": ""} for row in run]
