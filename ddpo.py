@@ -10,15 +10,15 @@ is the Gaussian that one step draws it from, and a reward r(x_0, c) comes at the
     for every epoch:
         draw prompts c; sample x_T ... x_0; keep every latent and its log-probability     (rollout)
         reward = r(x_0, c)                                                                  (score)
-        adv = (reward - mean) / std, of the same prompt's recent rewards              (PromptStats)
+        adv = (reward - mean) / std, of the prompt's recent rewards, or of a group    (PromptStats)
         for every (image, step) pair:
             ratio = p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c)           (ddim_step)
             loss = max(-adv * ratio, -adv * clip(ratio, 1 - range, 1 + range))       (clipped_loss)
         average the gradient over the pairs, step the optimizer                            (update)
 
 Rooms 1 to 5 are the method, in the paper's order; rooms 6 to 8 are what it stands on.
-Names: x_t and x_prev (x_{t-1}); cond (c, as a row in the table of encoded prompts); eps (predicted
-noise, after guidance); mean, std, logp (of the policy), logp_old (of the policy that sampled).
+Names: x_t and x_prev (x_{t-1}); cond (c, as a row in the table of encoded prompts); output (of the
+network, with guidance); mean, std, logp (of the policy), logp_old (of the policy that sampled).
 Shapes: B or N images, T denoising steps, P (image, step) pairs, K rewards, latents of C x H x W.
 """
 
@@ -127,19 +127,17 @@ class Settings:
 
 
 # ---------------------------------------------------- 1. one DDIM step and its log-probability
-
-
 def ddim_mean_std(scheduler, output, t, x_t, eta=1.0):
     """Mean (B, C, H, W) and std (B, 1, 1, 1) of p(x_{t-1} | x_t, c), float32, from the network's
     output at timesteps t (B,). Song et al. 2021 (DDIM), equations 12 and 16."""
     config = scheduler.config
-    abars = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)
-    abar = torch.cat([part.to(t.device) for part in abars]).view(-1, 1, 1, 1)
+    abars = [scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)]
+    abar = torch.cat(abars).to(t.device).view(-1, 1, 1, 1)
     t_prev = t - config.num_train_timesteps // scheduler.num_inference_steps
     abar_t = abar[t]
-    abar_prev = abar[t_prev.clamp(min=-1)]  # of the last step: the final one
+    abar_prev = abar[t_prev.clamp(min=-1)]  # of the last step: -1, the final one
     signal = abar_t.sqrt()  # x_t = signal * x_0 + sigma * eps
-    sigma = (1 - abar_t).sqrt()
+    sigma = (1 - abar_t).sqrt()  # not the papers' sigma_t: that is the std, below
     if config.prediction_type == "epsilon":
         eps = output
         x_0 = (x_t - sigma * eps) / signal
@@ -161,7 +159,7 @@ def ddim_mean_std(scheduler, output, t, x_t, eta=1.0):
 
 
 def ddim_step(scheduler, output, t, x_t, eta=1.0, x_prev=None, generator=None):
-    """Draw x_{t-1} ~ N(mean, std^2), or take `x_prev` as drawn. Returns it, in x_t's dtype, and
+    """Draw x_{t-1} ~ N(mean, std^2) in x_t's dtype, or take `x_prev` as drawn. Returns it and
     logp (B,), the *mean* over the C * H * W dimensions of log N(x_prev; mean, std^2), as in the
     paper's code. A deterministic step (std 0) has logp 0, without gradient."""
     mean, std = ddim_mean_std(scheduler, output, t, x_t, eta)
@@ -176,8 +174,6 @@ def ddim_step(scheduler, output, t, x_t, eta=1.0, x_prev=None, generator=None):
 
 
 # ---------------------------------------------------- 2. sample and score
-
-
 @torch.no_grad()
 def rollout(policy, prompts, x_T, generator):
     """Denoise x_T (B, C, H, W) for B prompts: all latents x (B, T+1, C, H, W) and logp (B, T)."""
@@ -186,8 +182,8 @@ def rollout(policy, prompts, x_T, generator):
     logps = []
     for t in policy.scheduler.timesteps:
         t = t.expand(len(prompts))
-        eps = policy.predict(x[-1], t, cond)
-        x_prev, logp = ddim_step(policy.scheduler, eps, t, x[-1], policy.eta, generator=generator)
+        output = policy.predict(x[-1], t, cond)
+        x_prev, logp = ddim_step(policy.scheduler, output, t, x[-1], policy.eta, None, generator)
         x.append(x_prev)
         logps.append(logp)
     return torch.stack(x, 1), torch.stack(logps, 1)
@@ -200,12 +196,12 @@ def score(terms, images, prompts):
     columns = []
     for label, weight, reward_fn in terms:
         try:
-            reward = torch.as_tensor(reward_fn(images, prompts)).detach().float().cpu()
+            reward = torch.as_tensor(reward_fn(images, prompts)).float().cpu()
         except (Exception, SystemExit) as error:  # `main` shows its traceback
             raise UserError(f"reward {label} failed at the prompt {prompts[0]!r}") from error
         if reward.shape != total.shape:
-            shapes = f"{tuple(reward.shape)}; it must be {tuple(total.shape)}"
-            raise UserError(f"reward {label} returned shape {shapes}, a number for each image")
+            raise UserError(f"reward {label} returned shape {tuple(reward.shape)};"
+                            f" it must be {tuple(total.shape)}, a number for each image")
         total += weight * reward
         columns.append(reward)
         worst = total.isfinite().int().argmin()
@@ -232,21 +228,19 @@ def sample(policy, terms, prompts, batch_size, generator, group=1):
 
 
 # ---------------------------------------------------- 3. advantages
-
-
 class PromptStats:
     """The recent rewards of each prompt, in the place of a value function. A prompt with fewer
     than `min_count` of them is compared with the whole batch."""
 
     def __init__(self, buffer_size=32, min_count=16):
         self.buffer_size = buffer_size
-        self.min_count = min(min_count, buffer_size)
+        self.min_count = min(min_count, buffer_size)  # more are never remembered
         self.buffers = {}
 
     def advantages(self, prompts, rewards):
         """Remember the rewards (B,) of the B prompts; (rewards - mean) / std, (B,) float32."""
-        rewards = np.asarray(rewards, dtype=np.float64)
-        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        rewards = [float(reward) for reward in rewards]
+        for prompt, reward in zip(prompts, rewards, strict=True):
             self.buffers.setdefault(prompt, []).append(reward)
         adv = []
         for prompt, reward in zip(prompts, rewards):
@@ -260,18 +254,17 @@ class PromptStats:
 
 def group_advantages(rewards, group):
     """Groups of images from the same noise need no memory: their baseline is the group's mean, as
-    in GRPO. The std is that of all (B,), as a small group has hardly one of its own."""
+    in GRPO. The std is that from these means of all (B,): a small group has hardly its own."""
     groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group)
     adv = groups - groups.mean(1, keepdims=True)
     return torch.tensor(adv.flatten() / (adv.std() + 1e-6), dtype=torch.float32)
 
 
 # ---------------------------------------------------- 4. objectives, KL, diversity
-
-
 def clipped_loss(logp, logp_old, adv, clip_range):
     """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (P,). So samples
-    serve several updates: beyond the clip range a pair that is favoured already stops pulling."""
+    serve several updates: beyond the clip range a pair that is favoured already stops pulling.
+    As logp is a mean over dimensions, the ratio is the root of that order of p / p_old."""
     ratio = torch.exp(logp - logp_old)
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_range, 1 + clip_range))
 
@@ -281,13 +274,13 @@ def reinforce_loss(logp, adv):
     return -adv * logp
 
 
-def kl_to_pretrained(policy, eps, x_t, t, cond):
+def kl_to_pretrained(policy, output, x_t, t, cond):
     """KL(p_theta || p_pretrained) of denoising steps in nats, (P,): of Gaussians with one std it is
     ||mean - mean_pretrained||^2 / (2 std^2). A trajectory's sum bounds the KL of the images."""
     with torch.no_grad(), without_lora():
-        eps_pretrained = policy.predict(x_t, t, cond)
-    mean, std = ddim_mean_std(policy.scheduler, eps, t, x_t, policy.eta)
-    mean_pretrained, _ = ddim_mean_std(policy.scheduler, eps_pretrained, t, x_t, policy.eta)
+        pretrained = policy.predict(x_t, t, cond)
+    mean, std = ddim_mean_std(policy.scheduler, output, t, x_t, policy.eta)
+    mean_pretrained, _ = ddim_mean_std(policy.scheduler, pretrained, t, x_t, policy.eta)
     return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
 
 
@@ -300,8 +293,8 @@ def measure_kl(policy, x, cond, generator):
     for pairs in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch):
         i, j = pairs.unbind(1)
         t = policy.scheduler.timesteps[j]
-        eps = policy.predict(x[i, j], t, cond[i])
-        total += kl_to_pretrained(policy, eps, x[i, j], t, cond[i]).sum()
+        output = policy.predict(x[i, j], t, cond[i])
+        total += kl_to_pretrained(policy, output, x[i, j], t, cond[i]).sum()
     return float(total) / len(images)
 
 
@@ -314,15 +307,13 @@ def diversity(x_0, cond):
 
 
 # ---------------------------------------------------- 5. update and train
-
-
 def choose_pairs(policy, images, generator):
     """The (image, step) pairs to learn from, (P, 2): random steps of each image, others for each,
     so that the gradient is in expectation that of all steps."""
     order = torch.rand(len(images), len(policy.trained_steps), generator=generator).argsort()
     order = order[:, : policy.steps_learned].sort().values
     steps = policy.trained_steps[order.to(images.device)]  # (images, steps learned)
-    return torch.stack([images[:, None].expand_as(steps), steps], -1).flatten(0, 1)
+    return torch.stack([images.repeat_interleave(policy.steps_learned), steps.flatten()], 1)
 
 
 def pair_loss(policy, settings, samples, pairs):
@@ -331,14 +322,14 @@ def pair_loss(policy, settings, samples, pairs):
     i, j = pairs.unbind(1)
     x_t = x[i, j]
     t = policy.scheduler.timesteps[j]
-    eps = policy.predict(x_t, t, cond[i])
-    _, logp = ddim_step(policy.scheduler, eps, t, x_t, policy.eta, x_prev=x[i, j + 1])
+    output = policy.predict(x_t, t, cond[i])
+    _, logp = ddim_step(policy.scheduler, output, t, x_t, policy.eta, x_prev=x[i, j + 1])
     if settings.objective == "clipped":
         loss = clipped_loss(logp, logp_old[i, j], adv[i], policy.clip_range)
     else:
         loss = reinforce_loss(logp, adv[i])
     if settings.kl_coef:  # logp is a mean over the dimensions, so the KL is one too
-        kl = kl_to_pretrained(policy, eps, x_t, t, cond[i])
+        kl = kl_to_pretrained(policy, output, x_t, t, cond[i])
         loss = loss + settings.kl_coef * kl / x_t[0].numel()
     return loss, logp.detach() - logp_old[i, j]
 
@@ -418,8 +409,6 @@ def train(run, terms, prompts, eval_prompts, folder, update=update):
 
 # ==================================================== from here on: what the method stands on
 # ---------------------------------------------------- 6. the network: pipeline and LoRA
-
-
 class Policy:
     """What DDPO needs of a diffusers pipeline: encode prompts, predict noise, decode latents.
     A DDPM has no prompts, no guidance and no VAE: its latents are images."""
@@ -447,8 +436,8 @@ class Policy:
         if self.xl:  # original size, crop, target size
             sides = [side * self.pipe.vae_scale_factor for side in (height, width)]
             self.time_ids = torch.tensor([[*sides, 0, 0, *sides]], device=device)
-        self.prompts = []
-        self.table = []  # embeddings: a row for no prompt, then one for each of `prompts`
+        self.prompts = [None]
+        self.table = []  # embeddings: a row for each of `prompts`, the first for no prompt
         self.encode(["a", "b"])
         if self.conditional and torch.equal(self.table[0][1], self.table[0][2]):
             raise ValueError("its tokenizer or text encoder cannot tell a from b")
@@ -479,7 +468,7 @@ class Policy:
         self.eta = settings.eta
         # A deterministic step has nothing to learn from. Nearly deterministic ones are not worth
         # it: their noise does not show, but their gradient, in 1 / std, drowns the rest.
-        zero = torch.zeros(settings.steps, 1, 1, 1, device=self.device)
+        zero = torch.zeros(1, 1, 1, 1, device=self.device)
         _, std = ddim_mean_std(scheduler, zero, scheduler.timesteps, zero, self.eta)
         self.trained_steps = (std.flatten() > settings.min_std).nonzero().flatten()
         if not len(self.trained_steps):
@@ -493,29 +482,30 @@ class Policy:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompts]
         self.prompts += new
         if new and self.conditional:  # a prompt's and the empty one's, for XL then both pooled
-            how = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-            encoded = [self.pipe.encode_prompt(p, device=self.device, **how) for p in new]
-            rows = [self.table or encoded[0][1::2], *(parts[::2] for parts in encoded)]
+            encoded = [self.pipe.encode_prompt(p, device=self.device, num_images_per_prompt=1,
+                                               do_classifier_free_guidance=True) for p in new]
+            empty = encoded[0][1::2]
+            rows = [self.table or empty, *(parts[::2] for parts in encoded)]
             self.table = [torch.cat(part).to(self.unet.dtype) for part in zip(*rows)]
-        return torch.tensor([self.prompts.index(p) + 1 for p in prompts], device=self.device)
+        return torch.tensor([self.prompts.index(p) for p in prompts], device=self.device)
 
     def predict(self, x_t, t, cond):
         """The network's output for x_t (B, C, H, W), t (B,), cond (B,), float32, with guidance."""
         guided = self.guidance_scale > 1
         if guided:
             x_t = torch.cat([x_t, x_t])
-            t = torch.cat([t, t])
-            cond = torch.cat([0 * cond, cond])
+            t = t.repeat(2)
+            cond = torch.cat([0 * cond, cond])  # row 0 is no prompt
         context = {"encoder_hidden_states": self.table[0][cond]} if self.conditional else {}
         if self.xl:
             ids = self.time_ids.expand(len(cond), -1)
             context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": ids}
         with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
-            eps = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
+            output = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
         if guided:
-            uncond, conditional = eps.chunk(2)
-            eps = uncond + self.guidance_scale * (conditional - uncond)
-        return eps
+            uncond, conditional = output.chunk(2)
+            output = uncond + self.guidance_scale * (conditional - uncond)
+        return output
 
     @torch.no_grad()
     def decode(self, x_0):
@@ -610,22 +600,20 @@ def load_lora(unet, rank, path):
         other = unexpected + [k for k in missing if ".lora_" in k]
         if other:
             raise ValueError(f"it is of other layers, see {other[0]}")
-        scales = {str(about[k]) for k in about if "alpha" in k or "rslora" in k}
+        scales = {str(about[k]) for k in about if "alpha" in k or "rslora" in k}  # peft's names
         if scales - {str(rank), "False", "{}"}:
             raise ValueError("it scales its layers")
 
 
 # ---------------------------------------------------- 7. the run folder: state, metrics, pictures
-
-
 class Run:
     """All that the next epoch depends on."""
 
     def __init__(self, settings, policy):
         self.settings = settings
         self.policy = policy
-        decay = settings.weight_decay
-        self.optimizer = torch.optim.AdamW(policy.weights, settings.lr, weight_decay=decay)
+        self.optimizer = torch.optim.AdamW(policy.weights, lr=settings.lr,
+                                           weight_decay=settings.weight_decay)
         fp16 = policy.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
         self.stats = PromptStats(settings.stats_buffer, settings.stats_min_count)
@@ -651,8 +639,8 @@ class Run:
     def describe(self, terms, prompts, x, cond, scores, generator):
         """What the samples of an epoch tell, for metrics.csv: their rewards, KL and diversity."""
         reward = scores[:, 0]
-        row = {"queries": self.log[-1]["queries"] + len(prompts)}
-        row |= {"reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
+        row = {"queries": self.log[-1]["queries"] + len(prompts),
+               "reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
         if len(terms) > 1:
             labels = [label for label, _, _ in terms]
             row |= zip(labels, scores.mean(0)[1:].tolist())
@@ -674,7 +662,7 @@ class Run:
 
     def too_far(self, row):
         """Whether an epoch's KL is past --kl-stop."""
-        return 0 < self.settings.kl_stop < (row.get("kl") or 0)
+        return 0 < self.settings.kl_stop < row.get("kl", 0)
 
     def save(self, folder):
         """Write the state, and the LoRA alone for others to use."""
@@ -693,7 +681,8 @@ class Run:
             nn.ParameterList(self.policy.weights).load_state_dict(state["weights"])
             ours = self.optimizer.state_dict()["param_groups"]  # the rate may be another now
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": ours})
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # it was in fp16, too
+                self.scaler.load_state_dict(state["scaler"])
             self.stats.buffers = state["stats"]
             self.log = state["log"]
 
@@ -737,8 +726,9 @@ COLUMNS = """epoch queries seconds reward_mean reward_std eval_reward kl diversi
 
 def write_metrics(log, folder):
     """metrics.csv: a row an epoch, with a column of its own for each of several rewards."""
+    columns = dict.fromkeys([*COLUMNS, *(name for row in log for name in row)])
     with whole_file(folder / "metrics.csv") as tmp, open(tmp, "w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys([*COLUMNS, *log[-1]]))
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in log:
             writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
@@ -760,16 +750,14 @@ def save_pictures(images, captions, path):
 
 
 # ---------------------------------------------------- 8. the command line
-
-
 def load_prompts(name):
     """The prompts of a set in examples/prompts or of a text file: one a line, but # comments."""
     path = EXAMPLES / "prompts" / f"{name}.txt"
-    with explained(f"--prompts {name}: not animals, activities, imagenet, nor a text file"):
+    with explained(f"prompts {name}: not animals, activities, imagenet, nor a text file"):
         text = (path if path.is_file() else Path(name)).read_text("utf-8-sig")
     prompts = re.findall(r"^\s*([^\s#].*?)\s*$", text, re.MULTILINE)
     if not prompts:
-        raise UserError(f"--prompts {name}: the file holds no prompt; write one on each line")
+        raise UserError(f"prompts {name}: the file holds no prompt; write one on each line")
     return prompts
 
 
@@ -791,15 +779,16 @@ def make_settings(resume="", kind=Settings, **flags):
             values = json.loads(file.read_text())
         values.pop("made_with", None)
         for k, v in values.items():  # others' files decide on no code, and models' on no folders
-            ours = resume and not (k in ("reward", "monitor") and ":" in v)
-            if type(v) is str and not ours and k not in flags:
+            theirs = not resume or k in ("reward", "monitor") and ":" in v
+            if type(v) is str and theirs and k not in flags:
                 again = f"--{k} {shlex.quote(v)}"
                 raise UserError(f"{file} cannot decide the {k}; if you trust it, add {again}")
     if resume:
         print("resumes", resume, {k: v for k, v in flags.items() if values.get(k) != v} or "")
     if flags.get("objective") == "reinforce":
         values["updates_per_epoch"] = 1
-    if {**values, **flags}.get("lora_rank") == 0 and ("lora_rank" in flags or "lr" not in values):
+    same = "lr" in values and values.get("lora_rank") == flags.get("lora_rank", 0)
+    if {**values, **flags}.get("lora_rank") == 0 and not same:
         values |= {"lr": 1e-5, "kl_stop": 0.0}  # for the whole UNet, which has no KL
     with explained(f"settings of {file} and flags"):
         return kind(**{**values, **flags})
@@ -808,8 +797,8 @@ def make_settings(resume="", kind=Settings, **flags):
 def parse(argv=None, kind=Settings):
     """The command line, in which every setting is a flag: settings, and the run to resume."""
     about = "Fine-tune a diffusion model on a reward. A model's ddpo.json overrides these defaults."
-    only_given = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("ddpo.py", description=about, **only_given)
+    parser = argparse.ArgumentParser("ddpo.py", description=about, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)  # only what is given
     source = "".join(inspect.getsource(base) for base in kind.__mro__[:-1])
     helps = dict(re.findall(r"^ +(\w+): .*  # (.*)", source, re.MULTILINE))
     for f in fields(kind):
@@ -858,9 +847,9 @@ def launch(settings, folder=None, reward=None, update=update, run_class=Run):
         if not settings.lora_rank:
             with explained(f"cannot write {folder / 'pipeline'}; what was saved before is whole"):
                 policy.pipe.save_pretrained(folder / "pipeline")
-    except (UserError, KeyboardInterrupt, torch.cuda.OutOfMemoryError) as error:
+    except (UserError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         why = str(error).partition("\n")[0] or "stopped"
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError):
             why += "; lower --sample-batch and --micro-batch, or add --grad-checkpointing"
         how = f"python ddpo.py --resume {shlex.quote(str(folder))}"
         raise UserError(f"{why}; go on with: {how}") from error.__cause__

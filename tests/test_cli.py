@@ -64,8 +64,9 @@ MISTAKES = [
     ("--device tpu", "device tpu: not on this machine, which has (cpu|cuda|mps)"),
     ("--reward-device tpu", "device tpu: not on this machine, which has (cpu|cuda|mps)"),
     ("--steps 1001", "1001 cannot be larger than .* 1000"),
-    ("--prompts gone.txt", "--prompts gone.txt: not animals.*nor a text file"),
-    ("--prompts .", "--prompts .: not animals, activities, imagenet, nor a text file"),
+    ("--prompts gone.txt", "prompts gone.txt: not animals.*nor a text file"),
+    ("--eval-prompts gone.txt", "prompts gone.txt: not animals.*nor a text file"),
+    ("--prompts .", "prompts .: not animals, activities, imagenet, nor a text file"),
 ]
 
 
@@ -141,7 +142,7 @@ def test_a_prompt_file_of_no_use(content, message, tiniest_model, capsys, nothin
     path = nothing_happens / "prompts.txt"
     path.write_bytes(content)
     line = failure(capsys, "--model", tiniest_model, "--prompts", path)
-    assert f"--prompts {path}" in line and message in line
+    assert f"prompts {path}" in line and message in line
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):

@@ -224,6 +224,28 @@ def test_what_came_of_a_stopped_run_can_be_asked(start, tmp_path, capsys):
     assert (run / "samples/epoch_0001.png").is_file()
 
 
+def test_columns_stay_if_what_was_logged_is_logged_no_more(run, runs):
+    ddpo.main(["--resume", str(run), "--epochs", "3", "--monitor", "incompressibility"])
+    ddpo.main(["--resume", str(run), "--epochs", "4", "--monitor", ""])
+    logged = [row["incompressibility"] for row in read_metrics(run)]
+    assert logged[3] and logged[:3] + logged[4:] == [""] * 4
+
+
+def test_a_rate_of_the_whole_unet_stays_if_the_command_is_repeated(start, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"lora_rank": 0, "lr": 0.5}))
+    assert ddpo.parse(["--resume", str(run), "--lora-rank", "0"])[0].lr == 0.5
+    (run / "config.json").write_text(json.dumps({"lora_rank": 4, "lr": 0.5}))
+    assert ddpo.parse(["--resume", str(run), "--lora-rank", "0"])[0].lr == 1e-5
+
+
+def test_a_run_may_go_on_in_half_precision(run):
+    """One that was begun on a CPU does so on a GPU."""
+    ddpo.main(["--resume", str(run), "--epochs", "3", "--precision", "fp16"])
+    assert epochs_of(run) == [0, 1, 2, 3] and state_of(run)["scaler"]["scale"] > 0
+
+
 def test_the_pictures_may_be_gone(run):
     shutil.rmtree(run / "samples")
     ddpo.main(["--resume", str(run), "--epochs", "3"])
