@@ -188,7 +188,7 @@ def plain_diffusers(policy, x_0, noise, t, cond):
         return policy.unet(x_t, t, encoder_hidden_states=context).sample
 
     without = output([""] * len(t))
-    with_prompt = output([policy.prompts[i - 1] for i in cond])
+    with_prompt = output([policy.prompts[i] for i in cond])
     pred = without + 3.0 * (with_prompt - without)
     return x_t, pred, targets[scheduler.config.prediction_type]
 
