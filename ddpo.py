@@ -374,7 +374,7 @@ def train(run, terms, prompts, eval_prompts, folder, update=update):
         log.append({"epoch": 0, "queries": 0, "seconds": 0.0, "eval_reward": reward})
     for epoch in range(len(log), settings.epochs + 1):
         if run.too_far(log[-1]):
-            print(f"stopped at {log[-1].get('kl', 0):.1f} nats from the pretrained model")
+            print(f"--kl-stop: {log[-1].get('kl', 0):.1f} nats from the pretrained model")
             break
         start = time.time()
         noise, choice = random_numbers(settings, epoch, policy.device)
