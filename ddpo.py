@@ -254,7 +254,7 @@ class PromptStats:
 
 def group_advantages(rewards, group):
     """Groups of images from the same noise need no memory: their baseline is the group's mean, as
-    in GRPO. The std is that from these means of all (B,): a small group has hardly its own."""
+    in GRPO. The std is of all B deviations from these: a small group has hardly one of its own."""
     groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group)
     adv = groups - groups.mean(1, keepdims=True)
     return torch.tensor(adv.flatten() / (adv.std() + 1e-6), dtype=torch.float32)
@@ -264,7 +264,7 @@ def group_advantages(rewards, group):
 def clipped_loss(logp, logp_old, adv, clip_range):
     """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (P,). So samples
     serve several updates: beyond the clip range a pair that is favoured already stops pulling.
-    As logp is a mean over dimensions, the ratio is the root of that order of p / p_old."""
+    As logp is a mean over D dimensions, this ratio is the D-th root of the paper's."""
     ratio = torch.exp(logp - logp_old)
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_range, 1 + clip_range))
 
