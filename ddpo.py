@@ -10,7 +10,7 @@ is the Gaussian that one step draws it from, and a reward r(x_0, c) comes at the
     for every epoch:
         draw prompts c; sample x_T ... x_0; keep every latent and its log-probability     (rollout)
         reward = r(x_0, c)                                                                  (score)
-        adv = (reward - mean) / std, of the prompt's recent rewards, or of a group    (PromptStats)
+        adv = (reward - mean) / std, of the prompt's recent rewards, or of a group     (advantages)
         for every (image, step) pair:
             ratio = p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c)           (ddim_step)
             loss = max(-adv * ratio, -adv * clip(ratio, 1 - range, 1 + range))       (clipped_loss)
@@ -105,10 +105,11 @@ class Settings:
     save_every: int = 1  # epochs between two saved states, for --resume
 
     def __post_init__(self):
-        least = {"images_per_epoch": 2, "stats_buffer": 2, "lora_rank": 0}
+        least = {"images_per_epoch": 2, "stats_buffer": 2, "lora_rank": 0,
+                 "grad_clip": 1e-6, "adv_clip": 1e-6}  # 0 would not lift the limit but stop all
         for f in fields(self):
             value = getattr(self, f.name)
-            bound = least.get(f.name, int(f.type is int and f.default > 0))
+            bound = least.get(f.name, int(f.type is int and f.default > 0))  # counts: 1
             if not isinstance(value, (int, float) if f.type is float else f.type):
                 raise UserError(f"{f.name} must be a {f.type.__name__}, not {value!r}")
             if f.type is not str and not bound <= value < math.inf:  # NaN fails this, too
@@ -131,11 +132,11 @@ def ddim_mean_std(scheduler, output, t, x_t, eta=1.0):
     """Mean (B, C, H, W) and std (B, 1, 1, 1) of p(x_{t-1} | x_t, c), float32, from the network's
     output at timesteps t (B,). Song et al. 2021 (DDIM), equations 12 and 16."""
     config = scheduler.config
-    abars = [scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)]
-    abar = torch.cat(abars).to(t.device).view(-1, 1, 1, 1)
+    abar = scheduler.alphas_cumprod.to(t.device)
+    abar_final = scheduler.final_alpha_cumprod.to(t.device)  # of the last step, whose t_prev is < 0
     t_prev = t - config.num_train_timesteps // scheduler.num_inference_steps
-    abar_t = abar[t]
-    abar_prev = abar[t_prev.clamp(min=-1)]  # of the last step: -1, the final one
+    abar_t = abar[t].view(-1, 1, 1, 1)
+    abar_prev = torch.where(t_prev < 0, abar_final, abar[t_prev]).view(-1, 1, 1, 1)
     signal = abar_t.sqrt()  # x_t = signal * x_0 + sigma * eps
     sigma = (1 - abar_t).sqrt()  # not the papers' sigma_t: that is the std, below
     if config.prediction_type == "epsilon":
@@ -166,11 +167,11 @@ def ddim_step(scheduler, output, t, x_t, eta=1.0, x_prev=None, generator=None):
     if x_prev is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         x_prev = (mean + std * noise).detach().to(x_t.dtype)
-    random = std > 0
-    std = torch.where(random, std, 1)
-    z = (x_prev.float() - mean) / std  # of x_prev as it is stored, be it rounded to half precision
+    noisy = std > 0
+    std = torch.where(noisy, std, 1)
+    z = (x_prev.float() - mean) / std  # of x_prev as it is stored, which may be in half precision
     logp = -(z**2) / 2 - std.log() - math.log(2 * math.pi) / 2
-    return x_prev, torch.where(random, logp, 0).mean((1, 2, 3))
+    return x_prev, torch.where(noisy, logp, 0).mean((1, 2, 3))
 
 
 # ---------------------------------------------------- 2. sample and score
@@ -228,28 +229,21 @@ def sample(policy, terms, prompts, batch_size, generator, group=1):
 
 
 # ---------------------------------------------------- 3. advantages
-class PromptStats:
-    """The recent rewards of each prompt, in the place of a value function. A prompt with fewer
-    than `min_count` of them is compared with the whole batch."""
-
-    def __init__(self, buffer_size=32, min_count=16):
-        self.buffer_size = buffer_size
-        self.min_count = min(min_count, buffer_size)  # more are never remembered
-        self.buffers = {}
-
-    def advantages(self, prompts, rewards):
-        """Remember the rewards (B,) of the B prompts; (rewards - mean) / std, (B,) float32."""
-        rewards = [float(reward) for reward in rewards]
-        for prompt, reward in zip(prompts, rewards, strict=True):
-            self.buffers.setdefault(prompt, []).append(reward)
-        adv = []
-        for prompt, reward in zip(prompts, rewards):
-            keep = max(self.buffer_size, prompts.count(prompt))  # forget nothing of this batch
-            past = self.buffers[prompt] = self.buffers[prompt][-keep:]
-            if len(past) < self.min_count:
-                past = rewards
-            adv.append((reward - np.mean(past)) / (np.std(past) + 1e-6))
-        return torch.tensor(adv, dtype=torch.float32)
+def prompt_advantages(memory, prompts, rewards, buffer_size=32, min_count=16):
+    """(reward - mean) / std of B images, (B,) float32, over their prompt's recent rewards. These
+    `memory`, a dict, keeps in the place of a value function, with the B new ones among them. A
+    prompt with fewer than `min_count` is compared with the whole batch."""
+    rewards = [float(reward) for reward in rewards]
+    for prompt, reward in zip(prompts, rewards, strict=True):
+        memory.setdefault(prompt, []).append(reward)
+    adv = []
+    for prompt, reward in zip(prompts, rewards):
+        keep = max(buffer_size, prompts.count(prompt))  # forget nothing of this batch
+        past = memory[prompt] = memory[prompt][-keep:]
+        if len(past) < min(min_count, buffer_size):  # more are never remembered
+            past = rewards
+        adv.append((reward - np.mean(past)) / (np.std(past) + 1e-6))
+    return torch.tensor(adv, dtype=torch.float32)
 
 
 def group_advantages(rewards, group):
@@ -287,7 +281,8 @@ def kl_to_pretrained(policy, output, x_t, t, cond):
 @torch.no_grad()
 def measure_kl(policy, x, cond, generator):
     """Nats of a trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained
-    model, over the steps learned from: an unbiased estimate from a sixteenth of the images."""
+    model, over the steps learned from: an unbiased estimate from a sixteenth of the images, as
+    all would cost as much as the sampling."""
     images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
     total = 0.0
     for pairs in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch):
@@ -428,14 +423,12 @@ class Policy:
         self.set_steps(settings)
         height, width = np.broadcast_to(self.unet.config.sample_size, 2).tolist()
         self.latent_shape = (self.unet.config.in_channels, height, width)
+        if self.unet.config.out_channels != self.unet.config.in_channels:
+            raise ValueError("its UNet predicts more than noise, or sees more than a latent")
         # logp is a mean over dimensions: the paper's 1e-4 is 1.6384 nats of its 4 x 64 x 64.
         self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
         # As many pairs at a time as images were sampled: half precision then rounds both alike.
         self.micro_batch = settings.micro_batch or settings.sample_batch
-        self.xl = hasattr(self.pipe, "text_encoder_2")
-        if self.xl:  # original size, crop, target size
-            sides = [side * self.pipe.vae_scale_factor for side in (height, width)]
-            self.time_ids = torch.tensor([[*sides, 0, 0, *sides]], device=device)
         self.prompts = [None]
         self.table = []  # embeddings: a row for each of `prompts`, the first for no prompt
         self.encode(["a", "b"])
@@ -481,7 +474,7 @@ class Policy:
         """Prompts -> cond (B,), their rows in the table of embeddings."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompts]
         self.prompts += new
-        if new and self.conditional:  # a prompt's and the empty one's, for XL then both pooled
+        if new and self.conditional:  # the prompt's and the empty one's, for XL then both pooled
             encoded = [self.pipe.encode_prompt(p, device=self.device, num_images_per_prompt=1,
                                                do_classifier_free_guidance=True) for p in new]
             empty = encoded[0][1::2]
@@ -497,8 +490,9 @@ class Policy:
             t = t.repeat(2)
             cond = torch.cat([0 * cond, cond])  # row 0 is no prompt
         context = {"encoder_hidden_states": self.table[0][cond]} if self.conditional else {}
-        if self.xl:
-            ids = self.time_ids.expand(len(cond), -1)
+        if len(self.table) > 1:  # XL: pooled embeddings; original size, crop, target size
+            sides = [side * self.pipe.vae_scale_factor for side in self.latent_shape[1:]]
+            ids = torch.tensor([[*sides, 0, 0, *sides]] * len(cond), device=self.device)
             context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": ids}
         with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
             output = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
@@ -554,7 +548,7 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        x = x.contiguous()  # half precision rounds others differently when it learns from them
+        x = x.contiguous()  # else half precision rounds otherwise with gradients than without
         y = self.base(x)
         if self.on:
             low = nn.functional.linear(x, self.lora_A.weight.to(y.dtype))
@@ -616,15 +610,15 @@ class Run:
                                            weight_decay=settings.weight_decay)
         fp16 = policy.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
-        self.stats = PromptStats(settings.stats_buffer, settings.stats_min_count)
+        self.memory = {}  # the recent rewards of each prompt
         self.log = []
 
     def advantages(self, prompts, rewards):
         """Of an epoch's images (N,): among their group, or else among their prompt's images."""
-        group = self.settings.samples_per_prompt
-        if group > 1:
-            return group_advantages(rewards, group)
-        return self.stats.advantages(prompts, rewards)
+        s = self.settings
+        if s.samples_per_prompt > 1:
+            return group_advantages(rewards, s.samples_per_prompt)
+        return prompt_advantages(self.memory, prompts, rewards, s.stats_buffer, s.stats_min_count)
 
     def step(self):
         """An optimizer step, but none if the gradient is not finite. Returns its norm."""
@@ -652,6 +646,7 @@ class Run:
     def evaluate(self, terms, prompts, folder, epoch):
         """The mean reward of the same prompts from the same noise every time, with pictures."""
         prompts = [prompts[i % len(prompts)] for i in range(self.settings.eval_images)]
+        terms = [term for term in terms if term[1]]  # monitors, of weight 0, are for the epochs
         noise, _ = random_numbers(self.settings, 0, self.policy.device)
         x, _, scores = sample(self.policy, terms, prompts, self.settings.sample_batch, noise)
         reward = scores[:, 0]
@@ -670,7 +665,7 @@ class Run:
             save_lora(self.policy.unet, folder / "pytorch_lora_weights.safetensors")
         state = {"weights": nn.ParameterList(self.policy.weights).state_dict(), "log": self.log,
                  "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                 "stats": self.stats.buffers}
+                 "stats": self.memory}
         with whole_file(folder / "state.pt") as tmp, open(tmp, "wb") as file:
             torch.save(state, file)
 
@@ -681,9 +676,8 @@ class Run:
             nn.ParameterList(self.policy.weights).load_state_dict(state["weights"])
             ours = self.optimizer.state_dict()["param_groups"]  # the rate may be another now
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": ours})
-            if state["scaler"]:  # it was in fp16, too
-                self.scaler.load_state_dict(state["scaler"])
-            self.stats.buffers = state["stats"]
+            self.scaler.load_state_dict(self.scaler.state_dict() | state["scaler"])  # fp32 has none
+            self.memory = state["stats"]
             self.log = state["log"]
 
 
@@ -708,7 +702,7 @@ def random_numbers(settings, epoch, device):
 
 
 def make_run_folder(settings):
-    """A new folder for this run; one that holds anything is never written to."""
+    """A new folder for this run; one that is there is never used."""
     base = "runs/" + re.sub(r"[^\w.-]+", "_", settings.reward).strip("_")
     folder = Path(settings.out or base)
     number = 1
@@ -738,7 +732,7 @@ def save_pictures(images, captions, path):
     """A row of images with captions, below that of epoch 0 if there is one in the same folder."""
     tiles = []
     for image, caption in zip(rewards.to_pil(images), captions):
-        tile = ImageOps.expand(image.resize((140, 140)), (2, 2, 2, 18), "white")
+        tile = ImageOps.expand(ImageOps.pad(image, (140, 140)), (2, 2, 2, 18), "white")
         ImageDraw.Draw(tile).text((2, 144), caption, fill="black")
         tiles.append(tile)
     rows = [make_image_grid(tiles, 1, len(tiles))]
@@ -755,7 +749,8 @@ def load_prompts(name):
     path = EXAMPLES / "prompts" / f"{name}.txt"
     with explained(f"prompts {name}: not animals, activities, imagenet, nor a text file"):
         text = (path if path.is_file() else Path(name)).read_text("utf-8-sig")
-    prompts = re.findall(r"^\s*([^\s#].*?)\s*$", text, re.MULTILINE)
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise UserError(f"prompts {name}: the file holds no prompt; write one on each line")
     return prompts
@@ -778,17 +773,17 @@ def make_settings(resume="", kind=Settings, **flags):
         if resume or file.is_file():
             values = json.loads(file.read_text())
         values.pop("made_with", None)
-        for k, v in values.items():  # others' files decide on no code, and models' on no folders
-            theirs = not resume or k in ("reward", "monitor") and ":" in v
-            if type(v) is str and theirs and k not in flags:
-                again = f"--{k} {shlex.quote(v)}"
+        for k, v in values.items():  # a model sets numbers alone, and no run names code to load
+            mistrusted = not resume or k in ("reward", "monitor") and ":" in v
+            if type(v) is str and mistrusted and k not in flags:
+                again = f"--{k.replace('_', '-')} {shlex.quote(v)}"
                 raise UserError(f"{file} cannot decide the {k}; if you trust it, add {again}")
     if resume:
         print("resumes", resume, {k: v for k, v in flags.items() if values.get(k) != v} or "")
     if flags.get("objective") == "reinforce":
         values["updates_per_epoch"] = 1
-    same = "lr" in values and values.get("lora_rank") == flags.get("lora_rank", 0)
-    if {**values, **flags}.get("lora_rank") == 0 and not same:
+    lr_is_its = "lr" in values and values.get("lora_rank") == flags.get("lora_rank", 0)
+    if {**values, **flags}.get("lora_rank") == 0 and not lr_is_its:
         values |= {"lr": 1e-5, "kl_stop": 0.0}  # for the whole UNet, which has no KL
     with explained(f"settings of {file} and flags"):
         return kind(**{**values, **flags})

@@ -15,7 +15,7 @@ is held near old by PEPG's KL, by NFT's other half (to 1 / beta errors), in AWM 
 RWR, the baseline, learns nothing from bad images. A pair costs 4 calls of the network, a backward
 being 2, and a denoising step 1, not 4 as in DDPO: use these where steps are many, or their noise is
 too little for DDPO. Simpler than the papers: old stays for an epoch, the sampler is DDPO's, guided,
-models are of eps, v or x_0 and no flows, and A lacks the epoch's mean, as PromptStats may lag.
+models are of eps, v or x_0 and no flows, and A lacks the epoch's mean, as a memory may lag.
 """
 
 import functools

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import failure, flags, read_metrics, save_tiny_pipeline
+from diffusers import UNet2DConditionModel
 from diffusers.models import modeling_utils
 from diffusers.pipelines import pipeline_utils
 from safetensors.torch import load_file, save_file
@@ -53,6 +54,8 @@ MISTAKES = [
     ("--epochs 1.5", "--epochs.*'1.5'"),
     ("--images-per-epoch 1", "images_per_epoch must be at least 2"),
     ("--stats-buffer 1", "stats_buffer must be at least 2"),
+    ("--grad-clip 0", "grad_clip must be at least 1e-06"),  # no gradient at all, not "no limit"
+    ("--adv-clip 0", "adv_clip must be at least 1e-06"),
     ("--guidance-scale -1", "guidance_scale must be at least 0"),
     ("--precision fp8", "precision: auto, fp32, bf16, fp16"),
     ("--objective ppo", "objective: clipped or reinforce"),
@@ -195,14 +198,20 @@ def without_a_tensor(folder):
     save_file(weights, path, {"format": "pt"})
 
 
+def with_a_learned_variance(folder):
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    UNet2DConditionModel.from_config(unet.config, out_channels=8).save_pretrained(folder / "unet")
+
+
 @pytest.mark.parametrize("damage, accelerate", [
     (without_tokenizer, True),
     (without_vocabulary, True),
     (without_sample_size, True),
     (without_a_tensor, True),
     (without_a_tensor, False),
+    (with_a_learned_variance, True),
 ])  # fmt: skip
-def test_an_incomplete_model(
+def test_a_model_that_cannot_be_trained(
     damage, accelerate, tiniest_model, capsys, nothing_happens, monkeypatch
 ):
     """Without accelerate diffusers builds a model first and then loads its weights, so that what
@@ -250,7 +259,7 @@ def bright(images, prompts):
 """
 
 
-@pytest.mark.parametrize("name", ["reward", "monitor", "out"])
+@pytest.mark.parametrize("name", ["reward", "monitor", "out", "eval_prompts"])
 def test_a_ddpo_json_names_no_code_and_no_folder(name, tmp_path, capsys, nothing_happens):
     """A model may be somebody else's. What it names counts once it is named as a flag."""
     hit = tmp_path / "hit"
@@ -260,7 +269,7 @@ def test_a_ddpo_json_names_no_code_and_no_folder(name, tmp_path, capsys, nothing
     model = save_tiny_pipeline(tmp_path / "model")
     (model / "ddpo.json").write_text(json.dumps({name: value, "steps": 3}))
     line = failure(capsys, "--model", model)
-    again = f"--{name} {value}"
+    again = f"--{name.replace('_', '-')} {value}"
     assert f"{model / 'ddpo.json'} cannot decide the {name}; if you trust it, add {again}" in line
     assert not hit.exists() and not (tmp_path / "run").exists()
     settings, _ = ddpo.parse(["--model", str(model), *again.split()])

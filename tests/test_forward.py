@@ -362,7 +362,7 @@ def test_old_is_what_sampled_in_all_updates_of_an_epoch(method, policy, monkeypa
 
 @pytest.mark.parametrize("method", ["awm", "nft", "pepg"])
 def test_rewards_that_are_all_alike_teach_nothing(method, policy):
-    """Even if PromptStats, whose mean may lag behind, calls them all good."""
+    """Even if the prompts' memory, whose mean may lag behind, calls them all good."""
     run = make_run(policy, method, updates_per_epoch=2)
     step, _ = update(run, make_samples(policy))
     nothing, _ = update(run, make_samples(policy, [1.5] * 6))

@@ -140,12 +140,13 @@ def test_the_gradient_is_that_of_one_process_with_all_images(epochs, tiniest_mod
 
 def test_advantages_are_of_all_rewards(watched, epochs):
     """Each process has its part of what one would make of the prompts and rewards of both."""
-    stats = ddpo.PromptStats(ddpo.Settings.stats_buffer, SMALL["stats_min_count"])
-    stats.buffers = torch.load(watched[0] / "1.pt")["stats"]
+    memory = torch.load(watched[0] / "1.pt")["stats"]
+    counts = ddpo.Settings.stats_buffer, SMALL["stats_min_count"]
     for epoch in (2, 3):
         parts = epochs[epoch]
         prompts = parts[0]["prompts"] + parts[1]["prompts"]
-        adv = stats.advantages(prompts, torch.cat([part["reward"] for part in parts]))
+        rewards = torch.cat([part["reward"] for part in parts])
+        adv = ddpo.prompt_advantages(memory, prompts, rewards, *counts)
         ours = torch.cat([part["samples"][3] for part in parts])
         torch.testing.assert_close(ours, adv.clamp(-5, 5))
 

@@ -349,12 +349,6 @@ def test_a_group_shares_its_prompt_and_first_noise_and_is_its_own_baseline(tiny_
     assert not torch.equal(x[0, 0], x[4, 0])
 
 
-def test_no_more_rewards_are_asked_for_than_are_remembered(pretrained):
-    for count, buffer, needed in [(16, 32, 16), (16, 8, 8)]:
-        settings = ddpo.Settings(stats_min_count=count, stats_buffer=buffer)
-        assert ddpo.Run(settings, pretrained).stats.min_count == needed
-
-
 def test_groups_that_do_not_fill_an_epoch_are_refused(tiniest_model, tmp_path, capsys):
     message = failure(capsys, *flags(tiniest_model, out=tmp_path / "run", samples_per_prompt=3))
     assert "images_per_epoch must be a multiple of 3" in message
@@ -365,10 +359,15 @@ def test_groups_that_do_not_fill_an_epoch_are_refused(tiniest_model, tmp_path, c
 
 
 def test_monitors_are_logged_and_never_optimised(tiniest_model, tmp_path, monkeypatch):
-    """Of the image, of the prompt, and one that needs models."""
+    """Of the image, of the prompt, and one that needs models, which is not asked in vain."""
+    asked = []
 
     def pair(clip="a", head="b", *, device):
-        return lambda images, prompts: torch.full((len(images),), float(len(clip + head)))
+        def count(images, prompts):
+            asked.append(len(images))
+            return torch.full((len(images),), float(len(clip + head)))
+
+        return count
 
     def bright(images, prompts):
         return 1000 * images.mean((1, 2, 3))
@@ -381,6 +380,7 @@ def test_monitors_are_logged_and_never_optimised(tiniest_model, tmp_path, monkey
     labels = ["incompressibility", "pair(one, three)", "dark", "length"]
     plain = launch(tiniest_model, tmp_path / "plain")
     watched = launch(tiniest_model, tmp_path / "watched", monitor=monitor)
+    assert asked == [1, 8, 8]  # tried on loading; then epochs, but no evaluations
     other = launch(tiniest_model, tmp_path / "other", reward=bright, epochs=1)
     assert lora(tmp_path / "watched") == lora(tmp_path / "plain")
     for row, before in zip(watched, plain, strict=True):

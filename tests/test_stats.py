@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from ddpo import PromptStats, group_advantages
+from ddpo import group_advantages, prompt_advantages
 
 
 def plain_advantages(history, prompts, rewards, buffer_size, min_count):
@@ -27,13 +27,14 @@ def plain_advantages(history, prompts, rewards, buffer_size, min_count):
 @pytest.mark.parametrize("buffer_size, min_count", [(32, 16), (5, 3), (4, 4), (8, 1)])
 def test_several_rounds_against_plain_python(buffer_size, min_count):
     rng = random.Random(0)
-    stats = PromptStats(buffer_size, min_count)
+    memory = {}
     history = {}
     for _ in range(12):
         names = ["cat", "dog", "bee", "a rare one"]  # which stays young
         prompts = rng.choices(names, weights=[6, 6, 6, 1], k=12)
         rewards = [rng.gauss(len(prompt), 2.0) for prompt in prompts]
-        ours = stats.advantages(prompts, torch.tensor(rewards, dtype=torch.float64))
+        values = torch.tensor(rewards, dtype=torch.float64)
+        ours = prompt_advantages(memory, prompts, values, buffer_size, min_count)
         expected = plain_advantages(history, prompts, rewards, buffer_size, min_count)
         torch.testing.assert_close(ours, torch.tensor(expected), rtol=1e-4, atol=1e-5)
     assert max(map(len, history.values())) > buffer_size, "no buffer overflowed"
@@ -44,9 +45,9 @@ def test_an_easy_prompt_does_not_outshine_a_hard_one():
     usual for a prompt counts."""
     prompts = ["easy", "easy", "hard", "hard"]
     rewards = [101.0, 99.0, 2.0, 0.0]
-    stats = PromptStats(buffer_size=8, min_count=4)
-    young = stats.advantages(prompts, rewards)
-    old = stats.advantages(prompts, rewards)
+    memory = {}
+    young = prompt_advantages(memory, prompts, rewards, buffer_size=8, min_count=4)
+    old = prompt_advantages(memory, prompts, rewards, buffer_size=8, min_count=4)
     assert young[1] > young[2]
     torch.testing.assert_close(old, torch.tensor([1.0, -1.0, 1.0, -1.0]))
 
@@ -54,7 +55,7 @@ def test_an_easy_prompt_does_not_outshine_a_hard_one():
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64])
 def test_any_type_of_reward_gives_float32_advantages(dtype):
     rewards = [1, 2, 3, 5]
-    adv = PromptStats().advantages(["cat"] * 4, torch.tensor(rewards, dtype=dtype))
+    adv = prompt_advantages({}, ["cat"] * 4, torch.tensor(rewards, dtype=dtype))
     assert adv.dtype == torch.float32
     std = statistics.pstdev(rewards)
     expected = [(r - 2.75) / std for r in rewards]  # not whole numbers: -1.18, -0.51, 0.17, 1.52
@@ -63,17 +64,18 @@ def test_any_type_of_reward_gives_float32_advantages(dtype):
 
 @pytest.mark.parametrize("min_count", [1, 100])
 def test_constant_rewards_give_advantage_zero(min_count):
-    stats = PromptStats(32, min_count)
-    assert (stats.advantages(["cat", "cat", "dog"], torch.full((3,), 7.1)) == 0).all()
+    adv = prompt_advantages({}, ["cat", "cat", "dog"], torch.full((3,), 7.1), 32, min_count)
+    assert (adv == 0).all()
 
 
 def test_a_count_above_the_buffer_means_a_full_buffer():
     """Else every prompt would be compared with the batch, for ever."""
     rewards = torch.tensor([101.0, 99.0, 2.0, 0.0])
-    stats = PromptStats(buffer_size=4, min_count=5)
-    first = stats.advantages(["easy", "easy", "hard", "hard"], rewards)
+    prompts = ["easy", "easy", "hard", "hard"]
+    memory = {}
+    first = prompt_advantages(memory, prompts, rewards, buffer_size=4, min_count=5)
     torch.testing.assert_close(first, (rewards - rewards.mean()) / rewards.std(correction=0))
-    second = stats.advantages(["easy", "easy", "hard", "hard"], rewards)
+    second = prompt_advantages(memory, prompts, rewards, buffer_size=4, min_count=5)
     torch.testing.assert_close(second, torch.tensor([1.0, -1.0, 1.0, -1.0]))
 
 
@@ -81,7 +83,7 @@ def test_a_single_prompt_is_compared_with_its_whole_batch():
     """An unconditional model has one prompt, and may draw more images of it in an epoch than a
     buffer holds."""
     rewards = torch.arange(100.0)
-    adv = PromptStats(buffer_size=10, min_count=4).advantages([""] * 100, rewards)
+    adv = prompt_advantages({}, [""] * 100, rewards, buffer_size=10, min_count=4)
     torch.testing.assert_close(adv, (rewards - 49.5) / rewards.std(correction=0))
 
 
@@ -98,4 +100,4 @@ def test_a_group_is_compared_with_itself_in_units_of_the_spread_of_all():
 @pytest.mark.parametrize("rewards", [2, 4])
 def test_as_many_rewards_as_prompts(rewards):
     with pytest.raises(ValueError):
-        PromptStats().advantages(["cat", "dog", "bee"], torch.zeros(rewards))
+        prompt_advantages({}, ["cat", "dog", "bee"], torch.zeros(rewards))
