@@ -64,7 +64,7 @@ METHODS = {  # beside the bundled model's own settings
     "NFT": {"method": "nft", "beta": 0.1, **FORWARD},
     "PEPG": {"method": "pepg", **FORWARD},
 }
-TUNED = {  # what suits a method on one reward, by runs of seed 0 at one to four rates
+TUNED = {  # what suits a method on one reward, by runs of seed 0 at two to four rates
     ("DDPO-IS", "incompressibility"): {"lr": 0.006},
     ("DDPO-SF", "incompressibility"): {"lr": 0.01},
     ("AWM", "incompressibility"): {"lr": 0.01},
