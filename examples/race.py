@@ -65,6 +65,7 @@ METHODS = {  # beside the bundled model's own settings
     "PEPG": {"method": "pepg", **FORWARD},
 }
 TUNED = {  # what suits a method on one reward, by runs of seed 0 at two to four rates
+    ("DDPO-IS", "compressibility"): {"lr": 0.002},
     ("DDPO-IS", "incompressibility"): {"lr": 0.006},
     ("DDPO-SF", "incompressibility"): {"lr": 0.01},
     ("AWM", "incompressibility"): {"lr": 0.01},
