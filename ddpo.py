@@ -230,8 +230,8 @@ def sample(policy, terms, prompts, batch_size, generator, group=1):
 
 # ---------------------------------------------------- 3. advantages
 def prompt_advantages(memory, prompts, rewards, buffer_size=32, min_count=16):
-    """(reward - mean) / std of B images, (B,) float32, over their prompt's recent rewards. These
-    `memory`, a dict, keeps in the place of a value function, with the B new ones among them. A
+    """(reward - mean) / std of B images, (B,) float32, over the recent rewards of their prompt, in
+    the place of a value function. `memory` holds these by prompt; the B are added to it first. A
     prompt with fewer than `min_count` is compared with the whole batch."""
     rewards = [float(reward) for reward in rewards]
     for prompt, reward in zip(prompts, rewards, strict=True):
@@ -281,8 +281,8 @@ def kl_to_pretrained(policy, output, x_t, t, cond):
 @torch.no_grad()
 def measure_kl(policy, x, cond, generator):
     """Nats of a trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained
-    model, over the steps learned from: an unbiased estimate from a sixteenth of the images, as
-    all would cost as much as the sampling."""
+    model, over the steps learned from: an unbiased estimate, from a sixteenth of the images as it
+    takes two calls of the network a step."""
     images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
     total = 0.0
     for pairs in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch):
