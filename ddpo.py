@@ -429,6 +429,10 @@ class Policy:
         self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
         # As many pairs at a time as images were sampled: half precision then rounds both alike.
         self.micro_batch = settings.micro_batch or settings.sample_batch
+        self.xl = hasattr(self.pipe, "text_encoder_2")
+        if self.xl:  # original size, crop, target size
+            sides = [side * self.pipe.vae_scale_factor for side in (height, width)]
+            self.time_ids = torch.tensor([[*sides, 0, 0, *sides]], device=device)
         self.prompts = [None]
         self.table = []  # embeddings: a row for each of `prompts`, the first for no prompt
         self.encode(["a", "b"])
@@ -490,9 +494,8 @@ class Policy:
             t = t.repeat(2)
             cond = torch.cat([0 * cond, cond])  # row 0 is no prompt
         context = {"encoder_hidden_states": self.table[0][cond]} if self.conditional else {}
-        if len(self.table) > 1:  # XL: pooled embeddings; original size, crop, target size
-            sides = [side * self.pipe.vae_scale_factor for side in self.latent_shape[1:]]
-            ids = torch.tensor([[*sides, 0, 0, *sides]] * len(cond), device=self.device)
+        if self.xl:
+            ids = self.time_ids.expand(len(cond), -1)
             context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": ids}
         with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
             output = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
