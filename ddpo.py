@@ -2,7 +2,7 @@
 Black et al., "Training Diffusion Models with Reinforcement Learning", ICLR 2024, arXiv 2305.13301
 
     python ddpo.py --reward compressibility     # a small bundled model, any machine, in minutes
-    python ddpo.py --reward aesthetic --model stable-diffusion-v1-5/stable-diffusion-v1-5   # GPU
+    python ddpo.py @examples/stable-diffusion.flags --reward aesthetic      # one CUDA GPU
 
 Denoising is a Markov decision process: the state is (c, t, x_t), the action is x_{t-1}, the policy
 is the Gaussian that one step draws it from, and a reward r(x_0, c) comes at the end. So:
@@ -24,17 +24,17 @@ Shapes: B or N images, T denoising steps, P (image, step) pairs, K rewards, late
 
 import argparse
 import csv
-import inspect
+import hashlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
-import traceback
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import diffusers
@@ -45,7 +45,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageOps
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -55,126 +54,138 @@ from rewards import UserError, explained
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_DECAY = 1e-4  # AdamW's, as in the paper
+GRAD_CLIP = 1.0  # the gradient's norm is clipped to this, as in the paper
+
+
+def flag(default, help, least=0):
+    """A setting: its default, what --help says of it, and the least value of a number."""
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Each is a flag, and its comment the help. The defaults are for Stable Diffusion on a GPU of
-    24 GB; a model folder may bring its own in a ddpo.json, as the bundled one does."""
+    """Each is a flag. The defaults are for the bundled model; examples/stable-diffusion.flags has
+    those for Stable Diffusion on a GPU of 24 GB."""
 
-    reward: str = "compressibility"  # a name, FILE.py:FUNCTION, or a mix: 'A + 0.1*B'
-    model: str = "emoji-diffusion"  # hub id or folder: Stable Diffusion 1, 2, XL; DDPM
-    prompts: str = "animals"  # animals, activities, imagenet, or a file: one a line
-    out: str = ""  # run folder; empty: runs/REWARD, or runs/REWARD-2, ...
-    seed: int = 0  # of every random number
-    device: str = "auto"  # cuda, mps or cpu; auto: the first that is there
-    precision: str = "auto"  # fp32, bf16, fp16; auto: fp16 on cuda, else fp32
+    reward: str = flag("compressibility", "a name, FILE.py:FUNCTION, or a mix: 'A + 0.1*B'")
+    model: str = flag("emoji-diffusion", "hub id or folder: Stable Diffusion 1, 2, XL; DDPM")
+    prompts: str = flag("animals", "animals, activities, imagenet, or a file: one a line")
+    out: str = flag("", "run folder; empty: runs/REWARD, or runs/REWARD-2, ...")
+    seed: int = flag(0, "of every random number")
+    device: str = flag("auto", "cuda, mps or cpu; auto: the first that is there")
+    precision: str = flag("auto", "fp32, bf16, fp16; auto: fp16 on cuda, else fp32")
     # sampling
-    epochs: int = 50  # rounds of sampling and training
-    images_per_epoch: int = 64  # images sampled in an epoch (the paper: 256)
-    steps: int = 20  # denoising steps of an image (the paper: 50)
-    guidance_scale: float = 5.0  # classifier-free guidance; none at 1 or below
-    samples_per_prompt: int = 1  # above 1: groups of images from one noise, compared
-    eta: float = 1.0  # noise of a step: 1 is DDPM's; 0 leaves nothing to learn
-    sample_batch: int = 8  # images sampled and scored at once
-    reward_device: str = ""  # where the rewards' networks run; empty: --device
+    epochs: int = flag(12, "rounds of sampling and training", 1)
+    images_per_epoch: int = flag(64, "images sampled in an epoch (the paper: 256)", 2)
+    steps: int = flag(7, "denoising steps of an image (the paper: 50)", 1)
+    guidance_scale: float = flag(3.0, "classifier-free guidance; none at 1 or below")
+    samples_per_prompt: int = flag(4, "above 1: groups of images from one noise, compared", 1)
+    batch_size: int = flag(32, "images, or pairs to learn from, in a call of the network", 1)
+    reward_device: str = flag("", "where the rewards' networks run; empty: --device")
     # learning
-    objective: str = "clipped"  # clipped (DDPO-IS) or reinforce (DDPO-SF)
-    updates_per_epoch: int = 4  # optimizer steps, each on a minibatch of its own
-    micro_batch: int = 0  # (image, step) pairs in a call; 0: --sample-batch
-    train_steps_fraction: float = 1.0  # share of an image's steps to learn from
-    grad_checkpointing: bool = False  # slower, in less memory
-    lr: float = 3e-4  # AdamW's; with --lora-rank 0 the default is 1e-5
-    clip_range: float = 0.0  # ratios are clipped to 1 +- this; 0: 1.64 nats
-    min_std: float = 0.0  # steps of less noise are not learned (the paper: all)
-    adv_clip: float = 5.0  # advantages are clipped to +- this
-    lora_rank: int = 4  # rank of the LoRA; 0 trains the whole UNet
-    init_lora: str = ""  # LoRA file to start from, of --lora-rank
-    weight_decay: float = 1e-4  # AdamW's
-    grad_clip: float = 1.0  # the gradient's norm is clipped to this
-    stats_buffer: int = 32  # rewards remembered of each prompt, without groups
-    stats_min_count: int = 16  # with fewer, a prompt is compared with the batch
+    objective: str = flag("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)")
+    updates_per_epoch: int = flag(2, "optimizer steps, each on a minibatch of its own", 1)
+    grad_checkpointing: bool = flag(False, "slower, in less memory")
+    lr: float = flag(0.003, "AdamW's; 0: 3e-4 for a LoRA, 1e-5 for the whole UNet")
+    clip_range: float = flag(0.002, "ratios are clipped to 1 +- this; 0: 1.64 nats")
+    min_std: float = flag(0.7, "steps of less noise are not learned (the paper: all)")
+    adv_clip: float = flag(1.0, "advantages are clipped to +- this (its code: 5)", 1e-6)
+    lora_rank: int = flag(2, "rank of the LoRA; 0 trains the whole UNet")
+    stats_buffer: int = flag(32, "rewards remembered of each prompt, without groups", 2)
     # against over-optimisation
-    kl_coef: float = 0.0  # what a nat from the pretrained model costs in advantage
-    kl_stop: float = 0.0  # nats from the pretrained model that end the run
-    monitor: str = ""  # rewards to log but not to optimise: NAME[,NAME]
-    # evaluating and saving
-    eval_every: int = 5  # epochs between two evaluations, from the same noise
-    eval_prompts: str = ""  # as --prompts, for evaluations; empty: the same
-    eval_images: int = 12  # images of an evaluation
-    save_every: int = 1  # epochs between two saved states, for --resume
+    kl_coef: float = flag(0.0, "what a nat from the pretrained model costs in advantage")
+    kl_stop: float = flag(30.0, "nats from the pretrained model that end the run")
+    monitor: str = flag("", "rewards to log but not to optimise: NAME[,NAME]")
+    # evaluating
+    eval_every: int = flag(5, "epochs between two evaluations, from the same noise", 1)
+    eval_prompts: str = flag("", "as --prompts, for evaluations; empty: the same")
+    eval_images: int = flag(12, "images of an evaluation", 1)
 
     def __post_init__(self):
-        least = {"images_per_epoch": 2, "stats_buffer": 2, "lora_rank": 0,
-                 "grad_clip": 1e-6, "adv_clip": 1e-6}  # 0 would not lift the limit but stop all
         for f in fields(self):
             value = getattr(self, f.name)
-            bound = least.get(f.name, int(f.type is int and f.default > 0))  # counts: 1
-            if not isinstance(value, (int, float) if f.type is float else f.type):
-                raise UserError(f"{f.name} must be a {f.type.__name__}, not {value!r}")
-            if f.type is not str and not bound <= value < math.inf:  # NaN fails this, too
-                raise UserError(f"{f.name} must be at least {bound} and finite, not {value}")
-        if self.precision not in DTYPES or self.objective not in ("clipped", "reinforce"):
-            raise UserError(f"precision: {', '.join(DTYPES)}; objective: clipped or reinforce")
-        if self.eta > 1 or self.train_steps_fraction > 1:
-            raise UserError("eta and train_steps_fraction must be at most 1")
+            number = f.type is not str
+            kind = (int, float) if f.type is float else f.type
+            least = f.metadata.get("least", 0)
+            if not isinstance(value, kind) or number and not least <= value < math.inf:
+                bounds = f", finite and at least {least}" if number else ""
+                raise UserError(f"{f.name} must be {f.type.__name__}{bounds}, not {value!r}")
+        for name, choices in (("precision", DTYPES), ("objective", OBJECTIVES)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} {getattr(self, name)}: there are {', '.join(choices)}")
         for n in (self.updates_per_epoch, self.samples_per_prompt):
             if self.images_per_epoch % n:
                 raise UserError(f"images_per_epoch must be a multiple of {n}: updates, or groups")
         if self.objective == "reinforce" and self.updates_per_epoch > 1:
-            raise UserError("objective reinforce needs fresh samples: --updates-per-epoch 1")
-        if not self.lora_rank and (self.kl_coef or self.kl_stop or self.init_lora):
-            raise UserError("kl_coef, kl_stop and init_lora need a LoRA: not --lora-rank 0")
+            raise UserError("objective reinforce needs fresh samples: add --updates-per-epoch 1")
+        own_rate = self.lr != Settings.lr
+        if not self.lora_rank and (self.kl_coef or self.kl_stop or not own_rate):
+            raise UserError("lora_rank 0 has no pretrained model to measure a KL to, and a LoRA's"
+                            " rate is too high for it: add --kl-coef 0 --kl-stop 0 --lr 0")
+        if self.model != Settings.model and self.steps == Settings.steps and not own_rate:
+            raise UserError(f"model {self.model}: the defaults are for the bundled one; begin with"
+                            " @examples/stable-diffusion.flags, or choose --steps and --lr")
 
 
 # ---------------------------------------------------- 1. one DDIM step and its log-probability
-def ddim_mean_std(scheduler, output, t, x_t, eta=1.0):
-    """Mean (B, C, H, W) and std (B, 1, 1, 1) of p(x_{t-1} | x_t, c), float32, from the network's
-    output at timesteps t (B,). Song et al. 2021 (DDIM), equations 12 and 16."""
-    config = scheduler.config
-    abar = scheduler.alphas_cumprod.to(t.device)
-    abar_final = scheduler.final_alpha_cumprod.to(t.device)  # of the last step, whose t_prev is < 0
-    t_prev = t - config.num_train_timesteps // scheduler.num_inference_steps
-    abar_t = abar[t].view(-1, 1, 1, 1)
-    abar_prev = torch.where(t_prev < 0, abar_final, abar[t_prev]).view(-1, 1, 1, 1)
-    signal = abar_t.sqrt()  # x_t = signal * x_0 + sigma * eps
-    sigma = (1 - abar_t).sqrt()  # not the papers' sigma_t: that is the std, below
-    if config.prediction_type == "epsilon":
-        eps = output
-        x_0 = (x_t - sigma * eps) / signal
-    elif config.prediction_type == "v_prediction":
-        eps = signal * output + sigma * x_t
-        x_0 = signal * x_t - sigma * output
-    else:  # "sample"
-        x_0 = output
-        eps = (x_t - signal * x_0) / sigma
-    if config.thresholding:
-        x_0 = scheduler._threshold_sample(x_0)
-    elif config.clip_sample:
-        x_0 = x_0.clamp(-config.clip_sample_range, config.clip_sample_range)
-
-    std = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
-    direction = (1 - abar_prev - std**2).clamp(min=0).sqrt()  # rounding may make it negative
-    mean = abar_prev.sqrt() * x_0 + direction * eps
-    return mean, std
+def ddim_levels(scheduler):
+    """signal = sqrt(abar) and sigma = sqrt(1 - abar) at each timestep t, and both at the one that a
+    step leads to: (4, t)."""
+    abar = scheduler.alphas_cumprod
+    t_prev = torch.arange(len(abar)) - len(abar) // scheduler.num_inference_steps
+    # The last step's is negative: its abar is the final one, mostly without noise.
+    abar_prev = torch.where(t_prev < 0, scheduler.final_alpha_cumprod, abar[t_prev])
+    return torch.stack([abar, 1 - abar, abar_prev, 1 - abar_prev]).sqrt()
 
 
-def ddim_step(scheduler, output, t, x_t, eta=1.0, x_prev=None, generator=None):
+def x_0_and_eps(prediction_type, output, x_t, signal, sigma):
+    """What the network says that x_t = signal * x_0 + sigma * eps is made of, (B, C, H, W) each."""
+    if prediction_type == "epsilon":
+        return (x_t - sigma * output) / signal, output
+    if prediction_type == "v_prediction":
+        return signal * x_t - sigma * output, signal * output + sigma * x_t
+    return output, (x_t - signal * output) / sigma  # "sample"
+
+
+def ddim_mean_std(x_0, eps, signal, sigma, signal_prev, sigma_prev, eta=1.0):
+    """Mean (B, C, H, W) and std (B, 1, 1, 1) of p(x_{t-1} | x_t, c). Song et al. 2021 (DDIM),
+    equations 12 and 16; eta = 1 is a DDPM. Euler ancestral and the first-order SDE of
+    DPM-Solver++ are this step; with (signal, sigma) = (1 - t, t) it is one of flow models."""
+    kept = signal * sigma_prev / (signal_prev * sigma)
+    std = eta * sigma_prev * (1 - kept**2).clamp(min=0).sqrt()
+    direction = (sigma_prev**2 - std**2).clamp(min=0).sqrt()  # rounding may make it negative
+    return signal_prev * x_0 + direction * eps, std
+
+
+def ddim_step(policy, output, t, x_t, x_prev=None, generator=None):
     """Draw x_{t-1} ~ N(mean, std^2) in x_t's dtype, or take `x_prev` as drawn. Returns it and
     logp (B,), the *mean* over the C * H * W dimensions of log N(x_prev; mean, std^2), as in the
     paper's code. A deterministic step (std 0) has logp 0, without gradient."""
-    mean, std = ddim_mean_std(scheduler, output, t, x_t, eta)
+    mean, std = policy.mean_std(output, t, x_t)
     if x_prev is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         x_prev = (mean + std * noise).detach().to(x_t.dtype)
     noisy = std > 0
-    std = torch.where(noisy, std, 1)
+    std = torch.where(noisy, std, 1)  # else the logp of a last step without noise is NaN
     z = (x_prev.float() - mean) / std  # of x_prev as it is stored, which may be in half precision
     logp = -(z**2) / 2 - std.log() - math.log(2 * math.pi) / 2
     return x_prev, torch.where(noisy, logp, 0).mean((1, 2, 3))
 
 
 # ---------------------------------------------------- 2. sample and score
+@dataclass
+class Samples:
+    """N images with all that the method keeps of them."""
+
+    prompts: list
+    cond: torch.Tensor  # (N,)
+    x: torch.Tensor  # (N, T+1, C, H, W), from noise to x_0
+    logp: torch.Tensor  # (N, T), under the policy that sampled
+    scores: torch.Tensor  # (N, 1 + K): the reward, and each of those that it is mixed of
+    adv: torch.Tensor = None  # (N,)
+
+
 @torch.no_grad()
 def rollout(policy, prompts, x_T, generator):
     """Denoise x_T (B, C, H, W) for B prompts: all latents x (B, T+1, C, H, W) and logp (B, T)."""
@@ -184,7 +195,7 @@ def rollout(policy, prompts, x_T, generator):
     for t in policy.scheduler.timesteps:
         t = t.expand(len(prompts))
         output = policy.predict(x[-1], t, cond)
-        x_prev, logp = ddim_step(policy.scheduler, output, t, x[-1], policy.eta, None, generator)
+        x_prev, logp = ddim_step(policy, output, t, x[-1], generator=generator)
         x.append(x_prev)
         logps.append(logp)
     return torch.stack(x, 1), torch.stack(logps, 1)
@@ -196,10 +207,7 @@ def score(terms, images, prompts):
     total = torch.zeros(len(prompts))
     columns = []
     for label, weight, reward_fn in terms:
-        try:
-            reward = torch.as_tensor(reward_fn(images, prompts)).float().cpu()
-        except (Exception, SystemExit) as error:  # `main` shows its traceback
-            raise UserError(f"reward {label} failed at the prompt {prompts[0]!r}") from error
+        reward = torch.as_tensor(reward_fn(images, prompts)).float().cpu()  # of integers, too
         if reward.shape != total.shape:
             raise UserError(f"reward {label} returned shape {tuple(reward.shape)};"
                             f" it must be {tuple(total.shape)}, a number for each image")
@@ -212,8 +220,8 @@ def score(terms, images, prompts):
 
 
 def sample(policy, terms, prompts, batch_size, generator, group=1):
-    """Roll out and score N prompts: x (N, T+1, C, H, W), logp (N, T), scores (N, 1 + K). Each
-    `group` of them starts from the same noise: what differs then is due to the policy's steps."""
+    """Roll out and score N prompts. Each `group` of them starts from the same noise: what differs
+    then is due to the policy's steps."""
     shape = (len(prompts) // group, *policy.latent_shape)
     x_T = torch.randn(shape, generator=generator, device=policy.device)
     x_T = x_T.repeat_interleave(group, 0)
@@ -225,7 +233,8 @@ def sample(policy, terms, prompts, batch_size, generator, group=1):
         if not (x.isfinite().all() and images.isfinite().all()):
             raise UserError("samples are not finite: damaged weights, or try --precision fp32")
         parts.append((x, logp, score(terms, images, batch)))
-    return [torch.cat(part) for part in zip(*parts)]
+    x, logp, scores = map(torch.cat, zip(*parts))
+    return Samples(prompts, policy.encode(prompts), x, logp, scores)
 
 
 # ---------------------------------------------------- 3. advantages
@@ -248,13 +257,14 @@ def prompt_advantages(memory, prompts, rewards, buffer_size=32, min_count=16):
 
 def group_advantages(rewards, group):
     """Groups of images from the same noise need no memory: their baseline is the group's mean, as
-    in GRPO. The std is of all B deviations from these: a small group has hardly one of its own."""
+    in GRPO. (A leave-one-out mean, as in RLOO, only rescales it.) The std is of all B deviations
+    from these: a small group has hardly one of its own."""
     groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group)
     adv = groups - groups.mean(1, keepdims=True)
     return torch.tensor(adv.flatten() / (adv.std() + 1e-6), dtype=torch.float32)
 
 
-# ---------------------------------------------------- 4. objectives, KL, diversity
+# ---------------------------------------------------- 4. objectives and KL
 def clipped_loss(logp, logp_old, adv, clip_range):
     """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (P,). So samples
     serve several updates: beyond the clip range a pair that is favoured already stops pulling.
@@ -263,9 +273,12 @@ def clipped_loss(logp, logp_old, adv, clip_range):
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
-def reinforce_loss(logp, adv):
+def reinforce_loss(logp, logp_old, adv, clip_range):
     """DDPO-SF (section 4.3): the score function estimator, (P,), for samples of this policy."""
     return -adv * logp
+
+
+OBJECTIVES = {"clipped": clipped_loss, "reinforce": reinforce_loss}  # --objective
 
 
 def kl_to_pretrained(policy, output, x_t, t, cond):
@@ -273,19 +286,20 @@ def kl_to_pretrained(policy, output, x_t, t, cond):
     ||mean - mean_pretrained||^2 / (2 std^2). A trajectory's sum bounds the KL of the images."""
     with torch.no_grad(), without_lora():
         pretrained = policy.predict(x_t, t, cond)
-    mean, std = ddim_mean_std(policy.scheduler, output, t, x_t, policy.eta)
-    mean_pretrained, _ = ddim_mean_std(policy.scheduler, pretrained, t, x_t, policy.eta)
+    mean, std = policy.mean_std(output, t, x_t)
+    mean_pretrained, _ = policy.mean_std(pretrained, t, x_t)
     return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
 
 
 @torch.no_grad()
-def measure_kl(policy, x, cond, generator):
-    """Nats of a trajectory between the policy that sampled x (N, T+1, C, H, W) and the pretrained
-    model, over the steps learned from: an unbiased estimate, from a sixteenth of the images as it
-    takes two calls of the network a step."""
+def measure_kl(policy, samples, generator):
+    """Nats of a trajectory between the policy that sampled and the pretrained model, over the steps
+    learned from: an unbiased estimate, from a sixteenth of the images as it takes two calls of the
+    network a step."""
+    x, cond = samples.x, samples.cond
     images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
     total = 0.0
-    for pairs in torch.cartesian_prod(images, policy.trained_steps).split(policy.micro_batch):
+    for pairs in torch.cartesian_prod(images, policy.trained_steps).split(policy.batch_size):
         i, j = pairs.unbind(1)
         t = policy.scheduler.timesteps[j]
         output = policy.predict(x[i, j], t, cond[i])
@@ -293,62 +307,42 @@ def measure_kl(policy, x, cond, generator):
     return float(total) / len(images)
 
 
-def diversity(x_0, cond):
-    """Mean distance of the final latents (N, C, H, W) of the same prompt; None if none has two."""
-    x_0 = x_0.flatten(1)
-    same = (cond[:, None] == cond).triu(1)
-    distances = torch.cdist(x_0, x_0, compute_mode="donot_use_mm_for_euclid_dist")[same]
-    return distances.mean().item() if len(distances) else None
-
-
 # ---------------------------------------------------- 5. update and train
-def choose_pairs(policy, images, generator):
-    """The (image, step) pairs to learn from, (P, 2): random steps of each image, others for each,
-    so that the gradient is in expectation that of all steps."""
-    order = torch.rand(len(images), len(policy.trained_steps), generator=generator).argsort()
-    order = order[:, : policy.steps_learned].sort().values
-    steps = policy.trained_steps[order.to(images.device)]  # (images, steps learned)
-    return torch.stack([images.repeat_interleave(policy.steps_learned), steps.flatten()], 1)
-
-
 def pair_loss(policy, settings, samples, pairs):
     """The objective of each (image, step) pair, (P,), and its log(ratio), (P,) without gradient."""
-    x, logp_old, cond, adv = samples
     i, j = pairs.unbind(1)
-    x_t = x[i, j]
+    x_t = samples.x[i, j]
     t = policy.scheduler.timesteps[j]
-    output = policy.predict(x_t, t, cond[i])
-    _, logp = ddim_step(policy.scheduler, output, t, x_t, policy.eta, x_prev=x[i, j + 1])
-    if settings.objective == "clipped":
-        loss = clipped_loss(logp, logp_old[i, j], adv[i], policy.clip_range)
-    else:
-        loss = reinforce_loss(logp, adv[i])
+    logp_old = samples.logp[i, j]
+    output = policy.predict(x_t, t, samples.cond[i])
+    _, logp = ddim_step(policy, output, t, x_t, x_prev=samples.x[i, j + 1])
+    objective = OBJECTIVES[settings.objective]
+    loss = objective(logp, logp_old, samples.adv[i], policy.clip_range)
     if settings.kl_coef:  # logp is a mean over the dimensions, so the KL is one too
-        kl = kl_to_pretrained(policy, output, x_t, t, cond[i])
+        kl = kl_to_pretrained(policy, output, x_t, t, samples.cond[i])
         loss = loss + settings.kl_coef * kl / x_t[0].numel()
-    return loss, logp.detach() - logp_old[i, j]
+    return loss, logp.detach() - logp_old
 
 
 def update(run, samples, generator):
     """Deal N images into minibatches and take an optimizer step on each, with the mean gradient of
-    its (image, step) pairs, added up in micro-batches. Returns the epoch's metrics.
-    samples: x (N, T+1, C, H, W), logp_old (N, T), cond (N,), adv (N,)."""
+    its (image, step) pairs, added up in micro-batches. Returns the epoch's metrics."""
     policy = run.policy
-    images = torch.randperm(len(samples[0]), generator=generator).to(policy.device)
+    images = torch.randperm(len(samples.x), generator=generator).to(policy.device)
     minibatches = images.chunk(run.settings.updates_per_epoch)
     seen = []
     norms = []
     for minibatch in tqdm(minibatches, "update", leave=False, disable=None):
-        pairs = choose_pairs(policy, minibatch, generator)
-        for micro in pairs.split(policy.micro_batch):
+        pairs = torch.cartesian_prod(minibatch, policy.trained_steps)  # (P, 2)
+        for micro in pairs.split(policy.batch_size):
             loss, log_ratio = pair_loss(policy, run.settings, samples, micro)
             run.scaler.scale(loss.sum() / len(pairs)).backward()
             seen.append(torch.stack([loss.detach(), log_ratio]))
         norms.append(run.step())
     loss, log_ratio = torch.cat(seen, 1)  # of all pairs
     off = (log_ratio.exp() - 1).abs()
-    first = len(minibatches[0]) * policy.steps_learned
-    metrics = {
+    first = len(minibatches[0]) * len(policy.trained_steps)
+    return {
         "loss": loss.mean(),
         "ratio_error": off[:first].max(),  # before the first step the two policies are one
         "clip_fraction": (off > policy.clip_range).float().mean(),
@@ -356,68 +350,62 @@ def update(run, samples, generator):
         "grad_norm": np.mean(norms),
         "skipped": sum(not math.isfinite(norm) for norm in norms),
     }
-    return {name: float(value) for name, value in metrics.items()}
 
 
-def train(run, terms, prompts, eval_prompts, folder, update=update):
+def train(run, terms, prompts, eval_prompts, update=update):
     """Draw prompts, sample and score, compare, update, evaluate, save; epoch after epoch."""
     settings = run.settings
     policy = run.policy
     log = run.log  # the rows of metrics.csv; row 0 is the evaluation before training
     if not log:
-        reward = run.evaluate(terms, eval_prompts, folder, 0)
-        log.append({"epoch": 0, "queries": 0, "seconds": 0.0, "eval_reward": reward})
-    for epoch in range(len(log), settings.epochs + 1):
-        if run.too_far(log[-1]):
-            print(f"--kl-stop: {log[-1].get('kl', 0):.1f} nats from the pretrained model")
-            break
+        reward = run.evaluate(terms, eval_prompts, 0)
+        run.finish({"epoch": 0, "queries": 0, "seconds": 0.0, "eval_reward": reward})
+    while len(log) <= settings.epochs and not run.too_far(log[-1]):
         start = time.time()
+        epoch = len(log)
         noise, choice = random_numbers(settings, epoch, policy.device)
         group = settings.samples_per_prompt
         count = settings.images_per_epoch // group
         chosen = torch.randint(len(prompts), (count,), generator=choice)
         drawn = [prompts[i] for i in chosen.repeat_interleave(group)]
-        x, logp_old, scores = sample(policy, terms, drawn, settings.sample_batch, noise, group)
-        cond = policy.encode(drawn)
-        adv = run.advantages(drawn, scores[:, 0])
-        adv = adv.clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
+        samples = sample(policy, terms, drawn, settings.batch_size, noise, group)
+        adv = run.advantages(drawn, samples.scores[:, 0])
+        samples.adv = adv.clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
 
-        row = {"epoch": epoch, **run.describe(terms, drawn, x, cond, scores, choice)}
+        row = {"epoch": epoch, **run.describe(terms, samples, choice)}
+        ends = run.too_far(row) or epoch == settings.epochs
         if not run.too_far(row):
-            row |= update(run, (x, logp_old, cond, adv), choice)
-        if epoch % settings.eval_every == 0:
-            row["eval_reward"] = run.evaluate(terms, eval_prompts, folder, epoch)
+            row |= update(run, samples, choice)
+        if ends or epoch % settings.eval_every == 0:
+            row["eval_reward"] = run.evaluate(terms, eval_prompts, epoch)
         row["seconds"] = log[-1]["seconds"] + time.time() - start
-        log.append(row)
-        print(f"epoch {epoch}/{settings.epochs}  reward {row['reward_mean']:.3f}"
-              f" +- {row['reward_std']:.3f}  {row['seconds']:.0f} s", flush=True)
-        write_metrics(log, folder)
-        if epoch % settings.save_every == 0:
-            run.save(folder)
-        if all(past.get("skipped") == settings.updates_per_epoch for past in log[-3:]):
-            raise UserError("no update of 3 epochs was finite: try a lower --lr, or fp32")
-    if "eval_reward" not in log[-1]:
-        log[-1]["eval_reward"] = run.evaluate(terms, eval_prompts, folder, log[-1]["epoch"])
-    write_metrics(log, folder)
-    run.save(folder)
+        run.finish(row)
+    if run.too_far(log[-1]):
+        print(f"--kl-stop: {log[-1]['kl']:.1f} nats from the pretrained model")
 
 
 # ==================================================== from here on: what the method stands on
 # ---------------------------------------------------- 6. the network: pipeline and LoRA
 class Policy:
     """What DDPO needs of a diffusers pipeline: encode prompts, predict noise, decode latents.
-    A DDPM has no prompts, no guidance and no VAE: its latents are images."""
+    A DDPM has no guidance and no VAE, and its prompts are for the reward alone: its latents are
+    images."""
+
+    prefix = "unet."  # of the names in the LoRA file, by which diffusers knows where it belongs
 
     def __init__(self, settings, device):
         self.device = device
         auto = torch.float16 if device.type == "cuda" else torch.float32
         self.dtype = DTYPES[settings.precision] or auto
-        self.pipe = load_pipeline(settings.model)
+        self.batch_size = settings.batch_size  # of pairs as of images: so half precision rounds
+        self.pipe = load_pipeline(settings.model)  # alike, and the ratio is 1
         self.unet = self.pipe.unet
         self.conditional = hasattr(self.pipe, "vae")
         self.guidance_scale = settings.guidance_scale if self.conditional else 1.0
         self.prepare(settings)
-        self.weights = add_lora(self.unet, settings.lora_rank)
+        self.unet.requires_grad_(not settings.lora_rank)
+        self.lora = add_lora(self.unet, settings.lora_rank)
+        self.weights = [weight for weight in self.unet.parameters() if weight.requires_grad]
         if not self.weights:
             raise UserError(f"--model {settings.model} has no attention for a LoRA: --lora-rank 0")
         self.set_steps(settings)
@@ -427,16 +415,13 @@ class Policy:
             raise ValueError("its UNet predicts more than noise, or sees more than a latent")
         # logp is a mean over dimensions: the paper's 1e-4 is 1.6384 nats of its 4 x 64 x 64.
         self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
-        # As many pairs at a time as images were sampled: half precision then rounds both alike.
-        self.micro_batch = settings.micro_batch or settings.sample_batch
         self.xl = hasattr(self.pipe, "text_encoder_2")
         if self.xl:  # original size, crop, target size
             sides = [side * self.pipe.vae_scale_factor for side in (height, width)]
             self.time_ids = torch.tensor([[*sides, 0, 0, *sides]], device=device)
-        self.prompts = [None]
-        self.table = []  # embeddings: a row for each of `prompts`, the first for no prompt
+        self.embeddings = {}  # of each prompt: with those of no prompt, (1, 2, ...)
         self.encode(["a", "b"])
-        if self.conditional and torch.equal(self.table[0][1], self.table[0][2]):
+        if self.conditional and torch.equal(*self.tables[0][:, 1]):
             raise ValueError("its tokenizer or text encoder cannot tell a from b")
 
     def prepare(self, settings):
@@ -462,47 +447,58 @@ class Policy:
         config = {"clip_sample": not self.conditional, **self.pipe.scheduler.config}
         self.scheduler = scheduler = DDIMScheduler.from_config(config)
         scheduler.set_timesteps(settings.steps, device=self.device)
-        self.eta = settings.eta
+        self.levels = ddim_levels(scheduler).to(self.device)
         # A deterministic step has nothing to learn from. Nearly deterministic ones are not worth
         # it: their noise does not show, but their gradient, in 1 / std, drowns the rest.
-        zero = torch.zeros(1, 1, 1, 1, device=self.device)
-        _, std = ddim_mean_std(scheduler, zero, scheduler.timesteps, zero, self.eta)
-        self.trained_steps = (std.flatten() > settings.min_std).nonzero().flatten()
+        _, std = ddim_mean_std(0.0, 0.0, *self.levels[:, scheduler.timesteps])  # (T,)
+        self.trained_steps = (std > settings.min_std).nonzero().flatten()
         if not len(self.trained_steps):
             raise UserError("no step adds noise to learn from: use more --steps, less --min-std")
-        share = settings.train_steps_fraction * len(self.trained_steps)
-        self.steps_learned = max(1, round(share))  # of each image in an epoch
+
+    def mean_std(self, output, t, x_t):
+        """Mean and std of p(x_{t-1} | x_t, c), float32, from the network's output at timesteps t
+        (B,). What knows the sampler is this, and `set_steps`."""
+        config = self.scheduler.config
+        levels = self.levels[:, t].view(4, -1, 1, 1, 1)
+        x_0, eps = x_0_and_eps(config.prediction_type, output, x_t, *levels[:2])
+        if config.clip_sample:
+            x_0 = x_0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        return ddim_mean_std(x_0, eps, *levels)
+
+    def encode(self, prompts):
+        """Prompts -> cond (B,), their rows in the tables of embeddings."""
+        for prompt in prompts:
+            if prompt not in self.embeddings:
+                self.embeddings[prompt] = self.embed(prompt) if self.conditional else []
+        self.tables = [torch.cat(part) for part in zip(*self.embeddings.values())]
+        known = list(self.embeddings)
+        return torch.tensor([known.index(prompt) for prompt in prompts], device=self.device)
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """Prompts -> cond (B,), their rows in the table of embeddings."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompts]
-        self.prompts += new
-        if new and self.conditional:  # the prompt's and the empty one's, for XL then both pooled
-            encoded = [self.pipe.encode_prompt(p, device=self.device, num_images_per_prompt=1,
-                                               do_classifier_free_guidance=True) for p in new]
-            empty = encoded[0][1::2]
-            rows = [self.table or empty, *(parts[::2] for parts in encoded)]
-            self.table = [torch.cat(part).to(self.unet.dtype) for part in zip(*rows)]
-        return torch.tensor([self.prompts.index(p) for p in prompts], device=self.device)
+    def embed(self, prompt):
+        """Of no prompt and of this one, (1, 2, L, D); XL's (1, 2, D), too."""
+        parts = self.pipe.encode_prompt(prompt, device=self.device, num_images_per_prompt=1,
+                                        do_classifier_free_guidance=True)
+        pairs = zip(parts[1::2], parts[::2])
+        return [torch.stack(pair, 1).to(self.unet.dtype) for pair in pairs]
 
     def predict(self, x_t, t, cond):
-        """The network's output for x_t (B, C, H, W), t (B,), cond (B,), float32, with guidance."""
-        guided = self.guidance_scale > 1
-        if guided:
-            x_t = torch.cat([x_t, x_t])
-            t = t.repeat(2)
-            cond = torch.cat([0 * cond, cond])  # row 0 is no prompt
-        context = {"encoder_hidden_states": self.table[0][cond]} if self.conditional else {}
+        """The network's output for x_t (B, C, H, W), t (B,), cond (B,), float32, with guidance.
+        That is part of the policy: who samples with it and learns without has a ratio off 1."""
+        passes = 2 if self.guidance_scale > 1 else 1  # without the prompt first
+        x_t = x_t.repeat(passes, 1, 1, 1)
+        t = t.repeat(passes)
+        tables = [table[cond, -passes:].transpose(0, 1).flatten(0, 1) for table in self.tables]
+        context = {"encoder_hidden_states": tables[0]} if self.conditional else {}
         if self.xl:
-            ids = self.time_ids.expand(len(cond), -1)
-            context["added_cond_kwargs"] = {"text_embeds": self.table[1][cond], "time_ids": ids}
+            ids = self.time_ids.expand(len(t), -1)
+            context["added_cond_kwargs"] = {"text_embeds": tables[1], "time_ids": ids}
         with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
             output = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
-        if guided:
-            uncond, conditional = output.chunk(2)
-            output = uncond + self.guidance_scale * (conditional - uncond)
-        return output
+        if passes == 1:
+            return output
+        uncond, conditional = output.chunk(2)
+        return uncond + self.guidance_scale * (conditional - uncond)
 
     @torch.no_grad()
     def decode(self, x_0):
@@ -518,7 +514,7 @@ def load_pipeline(model):
     kinds = "StableDiffusionPipeline StableDiffusionXLPipeline DDPMPipeline DDIMPipeline".split()
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    path = model_path(model).as_posix()
+    path = EXAMPLES / "models" / model if model == Settings.model else model
     index = DiffusionPipeline.load_config(path)
     kind = index.get("_class_name")
     if kind not in kinds:
@@ -528,11 +524,6 @@ def load_pipeline(model):
     if report["missing_keys"]:  # diffusers would make them up
         raise ValueError(f"its UNet lacks {report['missing_keys'][0]}")
     return DiffusionPipeline.from_pretrained(path, unet=unet, safety_checker=None)
-
-
-def model_path(model):
-    """The folder of the bundled model for its name; any other folder or hub id unchanged."""
-    return EXAMPLES / model if model == Settings.model else Path(model)
 
 
 class LoRALinear(nn.Module):
@@ -570,47 +561,43 @@ def without_lora():
 
 
 def add_lora(unet, rank):
-    """Freeze the UNet but for a LoRA around its attention projections, or at rank 0 nothing of it.
-    Returns the weights to train."""
-    unet.requires_grad_(not rank)
+    """Put a LoRA around the UNet's attention projections, at rank 0 around none: {name: layer}."""
+    layers = {}
     for name, layer in list(unet.named_modules()):
         if rank and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             parent, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent), child, LoRALinear(layer, rank))
-    return [weight for weight in unet.parameters() if weight.requires_grad]
+            layers[name] = LoRALinear(layer, rank)
+            setattr(unet.get_submodule(parent), child, layers[name])
+    return layers
 
 
-def save_lora(unet, path):
+def save_lora(policy, path):
     """Write the LoRA in diffusers' layout; no alpha in the file means that it equals the rank."""
-    lora = {f"unet.{k}": v.cpu() for k, v in unet.state_dict().items() if ".lora_" in k}
+    lora = {}
+    for name, layer in policy.lora.items():  # the layers' own names, whatever is around the UNet
+        for part in ("lora_A", "lora_B"):
+            lora[f"{policy.prefix}{name}.{part}.weight"] = getattr(layer, part).weight.cpu()
     with whole_file(path) as tmp:
         save_file(lora, tmp, {"format": "pt"})
 
 
-def load_lora(unet, rank, path):
-    """Load a file in diffusers' layout into the UNet's LoRA layers. It must be of the same ones."""
-    with explained(f"--init-lora {path}: no LoRA of this model whose rank and alpha are {rank}"):
-        with safe_open(path, "pt") as file:
-            lora = {k.removeprefix("unet."): file.get_tensor(k) for k in file.keys()}
-            about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        missing, unexpected = unet.load_state_dict(lora, strict=False)
-        other = unexpected + [k for k in missing if ".lora_" in k]
-        if other:
-            raise ValueError(f"it is of other layers, see {other[0]}")
-        scales = {str(about[k]) for k in about if "alpha" in k or "rslora" in k}  # peft's names
-        if scales - {str(rank), "False", "{}"}:
-            raise ValueError("it scales its layers")
-
-
 # ---------------------------------------------------- 7. the run folder: state, metrics, pictures
-class Run:
-    """All that the next epoch depends on."""
+COLUMNS = """epoch queries seconds reward_mean reward_std eval_reward kl
+             loss ratio_error clip_fraction approx_kl grad_norm skipped changed""".split()
 
-    def __init__(self, settings, policy):
+
+class Run:
+    """All that the next epoch depends on, and the folder that it is kept in."""
+
+    config = {}  # for config.json: the settings, and the code that they are used with
+    changed = {}  # of the config on resuming, for the next row of metrics.csv
+
+    def __init__(self, settings, policy, folder=None):
         self.settings = settings
         self.policy = policy
-        self.optimizer = torch.optim.AdamW(policy.weights, lr=settings.lr,
-                                           weight_decay=settings.weight_decay)
+        self.folder = folder
+        lr = settings.lr or (3e-4 if settings.lora_rank else 1e-5)
+        self.optimizer = torch.optim.AdamW(policy.weights, lr=lr, weight_decay=WEIGHT_DECAY)
         fp16 = policy.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
         self.memory = {}  # the recent rewards of each prompt
@@ -618,70 +605,92 @@ class Run:
 
     def advantages(self, prompts, rewards):
         """Of an epoch's images (N,): among their group, or else among their prompt's images."""
-        s = self.settings
-        if s.samples_per_prompt > 1:
-            return group_advantages(rewards, s.samples_per_prompt)
-        return prompt_advantages(self.memory, prompts, rewards, s.stats_buffer, s.stats_min_count)
+        if self.settings.samples_per_prompt > 1:
+            return group_advantages(rewards, self.settings.samples_per_prompt)
+        return prompt_advantages(self.memory, prompts, rewards, self.settings.stats_buffer)
 
     def step(self):
         """An optimizer step, but none if the gradient is not finite. Returns its norm."""
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.policy.weights, self.settings.grad_clip).item()
+        norm = nn.utils.clip_grad_norm_(self.policy.weights, GRAD_CLIP).item()
         if math.isfinite(norm):  # a loss or log-probability that is not finite shows here, too
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         return norm
 
-    def describe(self, terms, prompts, x, cond, scores, generator):
-        """What the samples of an epoch tell, for metrics.csv: their rewards, KL and diversity."""
-        reward = scores[:, 0]
-        row = {"queries": self.log[-1]["queries"] + len(prompts),
-               "reward_mean": reward.mean().item(), "reward_std": reward.std().item()}
+    def describe(self, terms, samples, generator):
+        """What the samples of an epoch tell, for metrics.csv: their rewards and KL."""
+        reward = samples.scores[:, 0]
+        row = {"queries": self.log[-1]["queries"] + len(reward),
+               "reward_mean": reward.mean(), "reward_std": reward.std()}
         if len(terms) > 1:
             labels = [label for label, _, _ in terms]
-            row |= zip(labels, scores.mean(0)[1:].tolist())
+            row |= zip(labels, samples.scores.mean(0)[1:])
         if self.settings.lora_rank:  # else there is no pretrained model left
-            row["kl"] = measure_kl(self.policy, x, cond, generator)
-        row["diversity"] = diversity(x[:, -1], cond)
+            row["kl"] = measure_kl(self.policy, samples, generator)
         return row
 
-    def evaluate(self, terms, prompts, folder, epoch):
+    def evaluate(self, terms, prompts, epoch):
         """The mean reward of the same prompts from the same noise every time, with pictures."""
         prompts = [prompts[i % len(prompts)] for i in range(self.settings.eval_images)]
         terms = [term for term in terms if term[1]]  # monitors, of weight 0, are for the epochs
         noise, _ = random_numbers(self.settings, 0, self.policy.device)
-        x, _, scores = sample(self.policy, terms, prompts, self.settings.sample_batch, noise)
-        reward = scores[:, 0]
+        samples = sample(self.policy, terms, prompts, self.settings.batch_size, noise)
+        reward = samples.scores[:, 0]
         captions = [f"{prompt[:16]}  {r:.2f}" for prompt, r in zip(prompts, reward.tolist())]
-        path = folder / "samples" / f"epoch_{epoch:04d}.png"
-        save_pictures(self.policy.decode(x[:, -1]), captions, path)
-        return reward.mean().item()
+        path = self.folder / "samples" / f"epoch_{epoch:04d}.png"
+        save_pictures(self.policy.decode(samples.x[:, -1]), captions, path)
+        return reward.mean()
 
     def too_far(self, row):
         """Whether an epoch's KL is past --kl-stop."""
         return 0 < self.settings.kl_stop < row.get("kl", 0)
 
-    def save(self, folder):
-        """Write the state, and the LoRA alone for others to use."""
-        if self.settings.lora_rank:
-            save_lora(self.policy.unet, folder / "pytorch_lora_weights.safetensors")
-        state = {"weights": nn.ParameterList(self.policy.weights).state_dict(), "log": self.log,
-                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                 "stats": self.memory}
-        with whole_file(folder / "state.pt") as tmp, open(tmp, "wb") as file:
-            torch.save(state, file)
+    def finish(self, row):
+        """End an epoch: its row becomes plain numbers, which a state can hold; record and save."""
+        row = {k: v if type(v) in (int, str) else float(f"{v:.6g}") for k, v in row.items()}
+        self.log.append({**row, "changed": str(self.changed or "")})
+        self.changed = {}
+        self.record(self.log[-1])
+        self.save()
 
-    def load(self, path):
-        """Take over a saved state. It may be somebody else's, which must not run code."""
-        with explained(f"{path} is damaged or of another kind of run"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            nn.ParameterList(self.policy.weights).load_state_dict(state["weights"])
-            ours = self.optimizer.state_dict()["param_groups"]  # the rate may be another now
-            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": ours})
-            self.scaler.load_state_dict(self.scaler.state_dict() | state["scaler"])  # fp32 has none
-            self.memory = state["stats"]
-            self.log = state["log"]
+    def record(self, row):
+        """Once for each finished epoch: write metrics.csv, print a line."""
+        columns = dict.fromkeys([*COLUMNS, *(name for row in self.log for name in row)])
+        with whole_file(self.folder / "metrics.csv") as tmp, open(tmp, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.log)
+        shown = [name for name in ("reward_mean", "reward_std", "kl", "eval_reward") if name in row]
+        print(f"epoch {row['epoch']}/{self.settings.epochs}  {row['seconds']:.0f} s ",
+              *(f" {name} {row[name]:.3f}" for name in shown), flush=True)
+
+    def state(self):
+        """All that `load` takes over, as tensors and plain Python objects."""
+        return {"weights": nn.ParameterList(self.policy.weights).state_dict(), "log": self.log,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "stats": self.memory}
+
+    def load(self, state):
+        """Take over a saved state; the learning rate may be another now."""
+        nn.ParameterList(self.policy.weights).load_state_dict(state["weights"])
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        self.scaler.load_state_dict(self.scaler.state_dict() | state["scaler"])  # fp32 has none
+        self.memory = state["stats"]
+        self.log = state["log"]
+
+    def save(self):
+        """Write the state with the settings behind it, and the LoRA alone for others to use."""
+        with whole_file(self.folder / "config.json") as tmp:
+            tmp.write_text(json.dumps(self.config, indent=2) + "\n")
+        if self.policy.lora:
+            save_lora(self.policy, self.folder / "pytorch_lora_weights.safetensors")
+        with whole_file(self.folder / "state.pt") as tmp, open(tmp, "wb") as file:
+            torch.save(self.state(), file)
 
 
 @contextmanager
@@ -704,7 +713,7 @@ def random_numbers(settings, epoch, device):
     return torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
 
 
-def make_run_folder(settings):
+def new_folder(settings):
     """A new folder for this run; one that is there is never used."""
     base = "runs/" + re.sub(r"[^\w.-]+", "_", settings.reward).strip("_")
     folder = Path(settings.out or base)
@@ -717,18 +726,20 @@ def make_run_folder(settings):
     return folder
 
 
-COLUMNS = """epoch queries seconds reward_mean reward_std eval_reward kl diversity
-             loss ratio_error clip_fraction approx_kl grad_norm skipped""".split()
-
-
-def write_metrics(log, folder):
-    """metrics.csv: a row an epoch, with a column of its own for each of several rewards."""
-    columns = dict.fromkeys([*COLUMNS, *(name for row in log for name in row)])
-    with whole_file(folder / "metrics.csv") as tmp, open(tmp, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for row in log:
-            writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
+@contextmanager
+def run_folder(settings, resume=None):
+    """The folder of a new run, or of the one to resume. What ends it too early, a mistake, Ctrl-C
+    or a reward's own code, says how to go on; before anything was saved it leaves no folder."""
+    folder = Path(resume or new_folder(settings))
+    try:
+        yield folder
+    except BaseException as error:
+        if (folder / "state.pt").is_file():
+            flags = ["--resume", shlex.quote(str(folder)), *code_flags(asdict(settings)).values()]
+            error.add_note(f"go on with: python {sys.argv[0]} {' '.join(flags)}")
+        elif not resume:
+            shutil.rmtree(folder)
+        raise
 
 
 def save_pictures(images, captions, path):
@@ -752,10 +763,10 @@ def load_prompts(name):
     path = EXAMPLES / "prompts" / f"{name}.txt"
     with explained(f"prompts {name}: not animals, activities, imagenet, nor a text file"):
         text = (path if path.is_file() else Path(name)).read_text("utf-8-sig")
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.split("\n")]
     prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise UserError(f"prompts {name}: the file holds no prompt; write one on each line")
+    if not prompts or re.match(r'PK|\s*[{[]\s*["{[]', text):
+        raise UserError(f"prompts {name}: a text file with a prompt on each line is needed")
     return prompts
 
 
@@ -766,54 +777,65 @@ def pick_device(name):
         return torch.empty(0, device=best if name == "auto" else name).device
 
 
-def make_settings(resume="", kind=Settings, **flags):
-    """Settings as the command line makes them: the defaults, over them the model folder's
-    ddpo.json (on resuming, the run's config.json instead), over them `flags`."""
-    model = model_path(flags.get("model", Settings.model))
-    file = Path(resume, "config.json") if resume else model / "ddpo.json"
-    values = {}
-    with explained(f"{file} must be a json object of settings"):
-        if resume or file.is_file():
-            values = json.loads(file.read_text())
-        values.pop("made_with", None)
-        for k, v in values.items():  # a model sets numbers alone, and no run names code to load
-            mistrusted = not resume or k in ("reward", "monitor") and ":" in v
-            if type(v) is str and mistrusted and k not in flags:
-                again = f"--{k.replace('_', '-')} {shlex.quote(v)}"
-                raise UserError(f"{file} cannot decide the {k}; if you trust it, add {again}")
-    if resume:
-        print("resumes", resume, {k: v for k, v in flags.items() if values.get(k) != v} or "")
-    if flags.get("objective") == "reinforce":
-        values["updates_per_epoch"] = 1
-    lr_is_its = "lr" in values and values.get("lora_rank") == flags.get("lora_rank", 0)
-    if {**values, **flags}.get("lora_rank") == 0 and not lr_is_its:
-        values |= {"lr": 1e-5, "kl_stop": 0.0}  # for the whole UNet, which has no KL
-    with explained(f"settings of {file} and flags"):
-        return kind(**{**values, **flags})
-
-
 def parse(argv=None, kind=Settings):
-    """The command line, in which every setting is a flag: settings, and the run to resume."""
-    about = "Fine-tune a diffusion model on a reward. A model's ddpo.json overrides these defaults."
+    """The command line, in which every setting is a flag and @FILE the flags that a file holds:
+    settings, and the run to resume, whose own settings count where none is given."""
+    about = "Fine-tune a diffusion model on a reward. The defaults are for the bundled model."
     parser = argparse.ArgumentParser("ddpo.py", description=about, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)  # only what is given
-    source = "".join(inspect.getsource(base) for base in kind.__mro__[:-1])
-    helps = dict(re.findall(r"^ +(\w+): .*  # (.*)", source, re.MULTILINE))
+                                     fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)
     for f in fields(kind):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        text = f"{helps[f.name]} (default: {f.default!r})"
+        text = f"{f.metadata.get('help', '')} (default: {f.default!r})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.error = lambda message: parser.exit(2, f"ddpo.py: error: {message}; see --help\n")
     flags = vars(parser.parse_args(argv))
-    return make_settings(kind=kind, **flags), flags.get("resume")
+    folder = flags.pop("resume", None)
+    saved = read_config(folder) if folder else {}
+    saved.pop("code", None)
+    for k, v in code_flags(saved).items():
+        if k not in flags:  # the folder may be somebody else's
+            raise UserError(f"--resume {folder} runs code; if you trust it, add {v}")
+    with explained("settings"):
+        return kind(**saved | flags), folder
 
 
-def launch(settings, folder=None, reward=None, update=update, run_class=Run):
-    """Train a new run, or go on with the one in `folder`; returns the folder. `reward` is a Python
-    function in the place of settings.reward; `update` and `run_class` take the place of ours."""
+def code_flags(settings):
+    """Those that name a file of Python code to run, by the setting's name."""
+    return {k: f"--{k} {shlex.quote(settings[k])}"
+            for k in ("reward", "monitor") if ":" in settings.get(k, "")}
+
+
+def read_config(folder):
+    """The config.json of a run."""
+    with explained(f"--resume {folder}: that is not the folder of a run"):
+        return json.loads(Path(folder, "config.json").read_text())
+
+
+MAY_CHANGE = """epochs images_per_epoch updates_per_epoch batch_size grad_checkpointing device
+    precision reward_device lr clip_range adv_clip kl_coef kl_stop monitor eval_every code"""
+
+
+def changes(config, folder):
+    """What a run that is resumed does otherwise: {name: (old, new)}. It must stay what it is."""
+    saved = read_config(folder)
+    changed = {k: (saved.get(k), v) for k, v in config.items() if v != saved.get(k)}
+    for k, (old, new) in changed.items():
+        if k not in MAY_CHANGE.split():
+            raise UserError(f"--resume {folder}: its {k} is {old!r}; begin a new run for {new!r}")
+    return changed
+
+
+def launch(settings, resume=None, reward=None, update=update, run_class=Run, policy_class=Policy):
+    """Train a new run, or go on with the one in the folder `resume`; returns the folder. `reward`
+    is a Python function in the place of settings.reward; `update`, `run_class` and `policy_class`
+    take the place of ours."""
     if reward:
-        settings = replace(settings, reward=reward.__name__)
+        settings = replace(settings, reward=rewards.name_of(reward))
+    code = [rewards.name_of(part) for part in (update, run_class, policy_class)]
+    code.append(hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12])
+    config = {**asdict(settings), "code": code}
+    changed = changes(config, resume) if resume else {}
     prompts = load_prompts(settings.prompts)
     eval_prompts = load_prompts(settings.eval_prompts or settings.prompts)
     device = pick_device(settings.device)
@@ -824,34 +846,27 @@ def launch(settings, folder=None, reward=None, update=update, run_class=Run):
     random_numbers(settings, 0, device)  # seeds the LoRA
     torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
     with explained(f"--model {settings.model}: no such pipeline, or one that cannot be trained"):
-        policy = Policy(settings, device)
+        policy = policy_class(settings, device)
     if not policy.conditional:
         prompts = eval_prompts = [""]
-    run = run_class(settings, policy)
-    if folder and Path(folder, "state.pt").is_file():
-        run.load(Path(folder, "state.pt"))
-    elif settings.init_lora:
-        load_lora(policy.unet, settings.lora_rank, settings.init_lora)
-    folder = Path(folder) if folder else make_run_folder(settings)
-    versions = {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)}
-    with whole_file(folder / "config.json") as tmp:
-        tmp.write_text(json.dumps({**asdict(settings), "made_with": versions}, indent=2) + "\n")
-    size = sum(weight.numel() for weight in policy.weights)
-    print(f"trains {size:,} weights of {settings.model} on {device} in {policy.dtype};"
-          f" an epoch is {settings.images_per_epoch} images of {settings.steps} steps,"
-          f" {policy.steps_learned} of them learned from; results go to {folder}", flush=True)
-    try:
-        train(run, terms, prompts, eval_prompts, folder, update)
+    with run_folder(settings, resume) as folder:
+        run = run_class(settings, policy, folder)
+        run.config = config
+        run.changed = changed
+        if resume:
+            with explained(f"{folder / 'state.pt'} is damaged or of another kind of run"):
+                run.load(torch.load(folder / "state.pt", "cpu", weights_only=True))  # no code
+        size = sum(weight.numel() for weight in policy.weights)
+        print(f"trains {size:,} weights of {settings.model} on {device} in {policy.dtype};"
+              f" an epoch is {settings.images_per_epoch} images of {settings.steps} steps,"
+              f" {len(policy.trained_steps)} of them learned from; results go to {folder}",
+              flush=True)
+        train(run, terms, prompts, eval_prompts, update)
         if not settings.lora_rank:
             with explained(f"cannot write {folder / 'pipeline'}; what was saved before is whole"):
                 policy.pipe.save_pretrained(folder / "pipeline")
-    except (UserError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        why = str(error).partition("\n")[0] or "stopped"
-        if isinstance(error, torch.OutOfMemoryError):
-            why += "; lower --sample-batch and --micro-batch, or add --grad-checkpointing"
-        how = f"python ddpo.py --resume {shlex.quote(str(folder))}"
-        raise UserError(f"{why}; go on with: {how}") from error.__cause__
-    first, last = run.log[0], run.log[-1]
+    evaluated = [row for row in run.log if "eval_reward" in row]
+    first, last = evaluated[0], evaluated[-1]
     print(f"reward on the same prompts and noise: {first['eval_reward']:.3f} before,"
           f" {last['eval_reward']:.3f} after; see {folder}/samples/epoch_{last['epoch']:04d}.png")
     return folder
@@ -861,13 +876,13 @@ def main(argv=None, launch=launch, kind=Settings):
     """Run from the command line; a mistake ends in one line and a non-zero status."""
     try:
         launch(*parse(argv, kind))
-    except UserError as error:
-        print(f"ddpo.py: error: {error}", file=sys.stderr)
-        if error.__cause__:  # a reward's own code failed: its author wants to see where
-            traceback.print_exception(error.__cause__)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit("ddpo.py: stopped; nothing had begun")
+    except (UserError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        why = str(error).partition("\n")[0] or "stopped"
+        if isinstance(error, torch.OutOfMemoryError):
+            why += "; lower --batch-size, or add --grad-checkpointing"
+        line = "; ".join([why, *getattr(error, "__notes__", [])])
+        print("ddpo.py: error:", line, file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@ higher the better. MODEL_REWARDS are loaders: they take hub ids or folders of mo
 reward. One of your own: `--reward path/to/file.py:function`, as in examples/my_reward.py.
 """
 
+import importlib.util
 import inspect
 import io
 import re
-import runpy
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -206,10 +207,31 @@ def load_models(place, name, inside, device):
     return reward
 
 
+def load_file(path):
+    """A file of Python code as a module, imported once; its neighbours are found, too."""
+    name = str(Path(path).resolve())
+    if name not in sys.modules:
+        sys.path.insert(0, str(Path(name).parent))
+        spec = importlib.util.spec_from_file_location(name, name)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:  # its author sees where
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def name_of(function):
+    """What to call it: a function's name, that of a partial's function, of an object's class."""
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", type(function).__name__).strip("<>")  # no <lambda>
+
+
 def find_reward(place, term):
     """A term such as "0.1*vqa(FOLDER)" -> its label, weight, and load(device) -> its function."""
     if callable(term):
-        return term.__name__, 1.0, lambda device: term
+        return name_of(term), 1.0, lambda device: term
     if match := re.fullmatch(TERM, term):
         sign, number, file, function, label, name, inside = match.groups("")
         weight = float(f"{sign}{number or 1}")
@@ -218,12 +240,10 @@ def find_reward(place, term):
         if label in REWARDS:
             return label, weight, lambda device: REWARDS[label]
         if Path(file).is_file():
-            try:
-                content = runpy.run_path(file)
-            except (Exception, SystemExit) as error:
-                raise UserError(f"{place}: {file} does not load ({error!r})") from error
-            if callable(content.get(function)):
-                return function, weight, lambda device: content[function]
+            reward = getattr(load_file(file), function, None)
+            if not callable(reward):
+                raise UserError(f"{place}: {file} has no function {function}")
+            return function, weight, lambda device: reward
     raise UserError(f"{place}: unknown; write A, 0.1*A + B - C or A(FOLDER, FILE); there are "
                     f"{', '.join([*REWARDS, *MODEL_REWARDS])}, path/to/file.py:function")
 
