@@ -114,9 +114,9 @@ class Settings:
         for name, choices in (("precision", DTYPES), ("objective", OBJECTIVES)):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} {getattr(self, name)}: there are {', '.join(choices)}")
-        for n in (self.updates_per_epoch, self.samples_per_prompt):
-            if self.images_per_epoch % n:
-                raise UserError(f"images_per_epoch must be a multiple of {n}: updates, or groups")
+        if self.images_per_epoch % math.lcm(self.updates_per_epoch, self.samples_per_prompt):
+            raise UserError("images_per_epoch must be a multiple of updates_per_epoch and of"
+                            " samples_per_prompt")
         if self.objective == "reinforce" and self.updates_per_epoch > 1:
             raise UserError("objective reinforce needs fresh samples: add --updates-per-epoch 1")
         own_rate = self.lr != Settings.lr
@@ -207,7 +207,9 @@ def score(terms, images, prompts):
     total = torch.zeros(len(prompts))
     columns = []
     for label, weight, reward_fn in terms:
-        reward = torch.as_tensor(reward_fn(images, prompts)).float().cpu()  # of integers, too
+        reward = reward_fn(images.clone(), prompts)  # it may write into its images
+        reward = reward[0] if isinstance(reward, tuple) else reward  # (rewards, more), as in TRL
+        reward = torch.as_tensor(reward).float().cpu()  # integers would truncate the advantages
         if reward.shape != total.shape:
             raise UserError(f"reward {label} returned shape {tuple(reward.shape)};"
                             f" it must be {tuple(total.shape)}, a number for each image")
@@ -369,14 +371,13 @@ def train(run, terms, prompts, eval_prompts, update=update):
         chosen = torch.randint(len(prompts), (count,), generator=choice)
         drawn = [prompts[i] for i in chosen.repeat_interleave(group)]
         samples = sample(policy, terms, drawn, settings.batch_size, noise, group)
-        adv = run.advantages(drawn, samples.scores[:, 0])
-        samples.adv = adv.clamp(-settings.adv_clip, settings.adv_clip).to(policy.device)
+        samples.adv = run.advantages(drawn, samples.scores[:, 0]).to(policy.device)
 
         row = {"epoch": epoch, **run.describe(terms, samples, choice)}
-        ends = run.too_far(row) or epoch == settings.epochs
-        if not run.too_far(row):
+        too_far = run.too_far(row)
+        if not too_far:
             row |= update(run, samples, choice)
-        if ends or epoch % settings.eval_every == 0:
+        if too_far or epoch == settings.epochs or epoch % settings.eval_every == 0:
             row["eval_reward"] = run.evaluate(terms, eval_prompts, epoch)
         row["seconds"] = log[-1]["seconds"] + time.time() - start
         run.finish(row)
@@ -402,6 +403,8 @@ class Policy:
         self.unet = self.pipe.unet
         self.conditional = hasattr(self.pipe, "vae")
         self.guidance_scale = settings.guidance_scale if self.conditional else 1.0
+        if not self.conditional and settings.guidance_scale != Settings.guidance_scale:
+            raise UserError(f"--model {settings.model} has no guidance: leave out --guidance-scale")
         self.prepare(settings)
         self.unet.requires_grad_(not settings.lora_rank)
         self.lora = add_lora(self.unet, settings.lora_rank)
@@ -411,8 +414,6 @@ class Policy:
         self.set_steps(settings)
         height, width = np.broadcast_to(self.unet.config.sample_size, 2).tolist()
         self.latent_shape = (self.unet.config.in_channels, height, width)
-        if self.unet.config.out_channels != self.unet.config.in_channels:
-            raise ValueError("its UNet predicts more than noise, or sees more than a latent")
         # logp is a mean over dimensions: the paper's 1e-4 is 1.6384 nats of its 4 x 64 x 64.
         self.clip_range = settings.clip_range or 1.6384 / math.prod(self.latent_shape)
         self.xl = hasattr(self.pipe, "text_encoder_2")
@@ -420,9 +421,7 @@ class Policy:
             sides = [side * self.pipe.vae_scale_factor for side in (height, width)]
             self.time_ids = torch.tensor([[*sides, 0, 0, *sides]], device=device)
         self.embeddings = {}  # of each prompt: with those of no prompt, (1, 2, ...)
-        self.encode(["a", "b"])
-        if self.conditional and torch.equal(*self.tables[0][:, 1]):
-            raise ValueError("its tokenizer or text encoder cannot tell a from b")
+        self.try_out()
 
     def prepare(self, settings):
         """Precision, memory layout and attention, as the device likes them."""
@@ -441,16 +440,40 @@ class Policy:
         if settings.grad_checkpointing:
             self.unet.enable_gradient_checkpointing()
 
+    def try_out(self):
+        """A gradient and a picture, before there is a run: what cannot be trained is told now."""
+        cond = self.encode(["a", "b"])
+        if self.conditional and torch.equal(*self.tables[0][:, 1]):
+            raise ValueError("its tokenizer or text encoder cannot tell a from b")
+        x_t = torch.randn(1, *self.latent_shape, device=self.device)
+        output = self.predict(x_t, self.scheduler.timesteps[:1], cond[:1])
+        if output.shape != x_t.shape or self.decode(x_t).shape[1] != 3:
+            raise ValueError("its UNet predicts more than noise, or its pictures are not RGB")
+        output.sum().backward()
+        learns = [layer.lora_B.weight for name, layer in self.lora.items() if "to_v" in name]
+        for weight in learns or self.weights:  # quantised layers may pass no gradient on
+            if weight.grad is None or not weight.grad.any():
+                raise ValueError(f"no gradient comes to its {type(weight).__name__} of shape"
+                                 f" {tuple(weight.shape)}; is it quantised?")
+        for weight in self.weights:
+            weight.grad = None
+
     def set_steps(self, settings):
         """The denoising steps, and those of them that there is something to learn from."""
         # DDIM's own default is to clip x_0 to the range of pixels, which latents do not have.
         config = {"clip_sample": not self.conditional, **self.pipe.scheduler.config}
         self.scheduler = scheduler = DDIMScheduler.from_config(config)
-        scheduler.set_timesteps(settings.steps, device=self.device)
-        self.levels = ddim_levels(scheduler).to(self.device)
+        with explained(f"--steps {settings.steps}: more than this model's scheduler has"):
+            scheduler.set_timesteps(settings.steps, device=self.device)
+            self.levels = ddim_levels(scheduler).to(self.device)
+            levels = self.levels[:, scheduler.timesteps]  # (4, T)
+        end = self.levels.shape[1]
+        start = int(scheduler.timesteps[0])
+        if start + end // settings.steps < 0.9 * end:
+            print(f"--steps {settings.steps} begins at t = {start} of {end}, but from pure noise")
         # A deterministic step has nothing to learn from. Nearly deterministic ones are not worth
         # it: their noise does not show, but their gradient, in 1 / std, drowns the rest.
-        _, std = ddim_mean_std(0.0, 0.0, *self.levels[:, scheduler.timesteps])  # (T,)
+        _, std = ddim_mean_std(0.0, 0.0, *levels)  # (T,)
         self.trained_steps = (std > settings.min_std).nonzero().flatten()
         if not len(self.trained_steps):
             raise UserError("no step adds noise to learn from: use more --steps, less --min-std")
@@ -465,28 +488,35 @@ class Policy:
             x_0 = x_0.clamp(-config.clip_sample_range, config.clip_sample_range)
         return ddim_mean_std(x_0, eps, *levels)
 
+    @torch.no_grad()
+    def embed(self, prompt):
+        """What the network reads of no prompt and of this one: (1, 2, L, D); XL: (1, 2, D), too."""
+        parts = self.pipe.encode_prompt(prompt, device=self.device, num_images_per_prompt=1,
+                                        do_classifier_free_guidance=True)
+        pairs = zip(parts[1::2], parts[::2])
+        return [torch.stack(pair, 1).to(self.unet.dtype) for pair in pairs]
+
+    def too_long(self, prompts):
+        """Those of the prompts of which the network reads the beginning alone."""
+        if not self.conditional:
+            return []
+        tokenizer = self.pipe.tokenizer
+        return [p for p in prompts if len(tokenizer(p).input_ids) > tokenizer.model_max_length]
+
     def encode(self, prompts):
         """Prompts -> cond (B,), their rows in the tables of embeddings."""
         for prompt in prompts:
             if prompt not in self.embeddings:
                 self.embeddings[prompt] = self.embed(prompt) if self.conditional else []
         self.tables = [torch.cat(part) for part in zip(*self.embeddings.values())]
-        known = list(self.embeddings)
-        return torch.tensor([known.index(prompt) for prompt in prompts], device=self.device)
-
-    @torch.no_grad()
-    def embed(self, prompt):
-        """Of no prompt and of this one, (1, 2, L, D); XL's (1, 2, D), too."""
-        parts = self.pipe.encode_prompt(prompt, device=self.device, num_images_per_prompt=1,
-                                        do_classifier_free_guidance=True)
-        pairs = zip(parts[1::2], parts[::2])
-        return [torch.stack(pair, 1).to(self.unet.dtype) for pair in pairs]
+        rows = list(self.embeddings)
+        return torch.tensor([rows.index(prompt) for prompt in prompts], device=self.device)
 
     def predict(self, x_t, t, cond):
         """The network's output for x_t (B, C, H, W), t (B,), cond (B,), float32, with guidance.
         That is part of the policy: who samples with it and learns without has a ratio off 1."""
         passes = 2 if self.guidance_scale > 1 else 1  # without the prompt first
-        x_t = x_t.repeat(passes, 1, 1, 1)
+        x_t = x_t.repeat(passes, 1, 1, 1).to(self.unet.dtype)
         t = t.repeat(passes)
         tables = [table[cond, -passes:].transpose(0, 1).flatten(0, 1) for table in self.tables]
         context = {"encoder_hidden_states": tables[0]} if self.conditional else {}
@@ -494,7 +524,7 @@ class Policy:
             ids = self.time_ids.expand(len(t), -1)
             context["added_cond_kwargs"] = {"text_embeds": tables[1], "time_ids": ids}
         with torch.autocast(self.device.type, self.dtype, enabled=self.unet.dtype != self.dtype):
-            output = self.unet(x_t.to(self.unet.dtype), t, **context).sample.float()
+            output = self.unet(x_t, t, **context).sample.float()
         if passes == 1:
             return output
         uncond, conditional = output.chunk(2)
@@ -509,21 +539,51 @@ class Policy:
         return (x_0 / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)  # pixels may be grey
 
 
+KINDS = "StableDiffusionPipeline StableDiffusionXLPipeline DDPMPipeline DDIMPipeline".split()
+KNOWN = {  # of what a model's files can ask of its pipeline, the values that are honoured here
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_type": ("discrete",),
+    "use_flow_sigmas": (False,),
+    "thresholding": (False,),
+    "time_cond_proj_dim": (None,),
+    "latents_mean": (None,),
+}
+
+
 def load_pipeline(model):
     """A pipeline of a kind that can be trained here, from a hub id or a folder."""
-    kinds = "StableDiffusionPipeline StableDiffusionXLPipeline DDPMPipeline DDIMPipeline".split()
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(100)  # what fails is said here
     diffusers.utils.logging.disable_progress_bar()
-    path = EXAMPLES / "models" / model if model == Settings.model else model
-    index = DiffusionPipeline.load_config(path)
-    kind = index.get("_class_name")
-    if kind not in kinds:
-        raise UserError(f"--model {model} is a {kind}; what works: {', '.join(kinds)}")
+    if model.endswith((".safetensors", ".ckpt")):
+        raise UserError(f"--model {model}: one file is not a pipeline; make it a folder by"
+                        " diffusers' StableDiffusionPipeline.from_single_file and save_pretrained")
+    path = EXAMPLES / "models" / model if model == Settings.model else Path(model)
+    index = DiffusionPipeline.load_config(path.as_posix())
+    if index.get("_class_name") not in KINDS:
+        raise UserError(f"--model {model} is a {index.get('_class_name')}; what works:"
+                        f" {', '.join(KINDS)}")
+    try:
+        pipe = read_pipeline(path, index)
+    except OSError:  # many an XL has its weights in half precision alone
+        pipe = read_pipeline(path, index, variant="fp16")
+    if "beta_start" not in pipe.scheduler.config:  # of a flow or of EDM, with other noise levels
+        raise ValueError(f"its scheduler is a {type(pipe.scheduler).__name__}, not of DDPM's kind")
+    for part in {"unet", "scheduler", "vae"} & set(pipe.components):
+        for name, value in getattr(pipe, part).config.items():
+            if value not in KNOWN.get(name, (value,)):
+                raise ValueError(f"its {part} has {name} {value}, which is not known here")
+    return pipe
+
+
+def read_pipeline(path, index, **how):
+    """The pipeline in a folder, or on the hub, and no weight of its UNet made up."""
+    if not path.is_dir():
+        path = DiffusionPipeline.download(path.as_posix(), safety_checker=None, **how)
     unet = getattr(diffusers, index["unet"][1])
-    unet, report = unet.from_pretrained(path, subfolder="unet", output_loading_info=True)
-    if report["missing_keys"]:  # diffusers would make them up
+    unet, report = unet.from_pretrained(path, subfolder="unet", output_loading_info=True, **how)
+    if report["missing_keys"]:
         raise ValueError(f"its UNet lacks {report['missing_keys'][0]}")
-    return DiffusionPipeline.from_pretrained(path, unet=unet, safety_checker=None)
+    return DiffusionPipeline.from_pretrained(path, unet=unet, safety_checker=None, **how)
 
 
 class LoRALinear(nn.Module):
@@ -605,9 +665,12 @@ class Run:
 
     def advantages(self, prompts, rewards):
         """Of an epoch's images (N,): among their group, or else among their prompt's images."""
-        if self.settings.samples_per_prompt > 1:
-            return group_advantages(rewards, self.settings.samples_per_prompt)
-        return prompt_advantages(self.memory, prompts, rewards, self.settings.stats_buffer)
+        s = self.settings
+        if s.samples_per_prompt > 1:
+            adv = group_advantages(rewards, s.samples_per_prompt)
+        else:
+            adv = prompt_advantages(self.memory, prompts, rewards, s.stats_buffer)
+        return adv.clamp(-s.adv_clip, s.adv_clip)
 
     def step(self):
         """An optimizer step, but none if the gradient is not finite. Returns its norm."""
@@ -665,6 +728,9 @@ class Run:
         shown = [name for name in ("reward_mean", "reward_std", "kl", "eval_reward") if name in row]
         print(f"epoch {row['epoch']}/{self.settings.epochs}  {row['seconds']:.0f} s ",
               *(f" {name} {row[name]:.3f}" for name in shown), flush=True)
+        vain = [r for r in self.log if r.get("reward_std") == 0 or r.get("grad_norm") == 0]
+        if vain == [row]:  # say it once
+            print("nothing was learned: all images, or all of each group, got the same reward")
 
     def state(self):
         """All that `load` takes over, as tensors and plain Python objects."""
@@ -713,30 +779,26 @@ def random_numbers(settings, epoch, device):
     return torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
 
 
-def new_folder(settings):
-    """A new folder for this run; one that is there is never used."""
+@contextmanager
+def run_folder(settings, resume=None):
+    """The folder of the run to resume, or a new one: none that is there is ever used. What ends the
+    run too early, a mistake, Ctrl-C or a reward's own code, says how to go on; before anything was
+    saved it leaves no folder."""
     base = "runs/" + re.sub(r"[^\w.-]+", "_", settings.reward).strip("_")
-    folder = Path(settings.out or base)
+    folder = Path(resume or settings.out or base)
     number = 1
-    while folder.exists() and not settings.out:
+    while folder.exists() and not (resume or settings.out):
         number += 1
         folder = Path(f"{base}-{number}")
     with explained(f"--out {folder}: cannot make that; name a new folder, or --resume {folder}"):
-        folder.mkdir(parents=True)
-    return folder
-
-
-@contextmanager
-def run_folder(settings, resume=None):
-    """The folder of a new run, or of the one to resume. What ends it too early, a mistake, Ctrl-C
-    or a reward's own code, says how to go on; before anything was saved it leaves no folder."""
-    folder = Path(resume or new_folder(settings))
+        folder.mkdir(parents=True, exist_ok=bool(resume))
     try:
         yield folder
     except BaseException as error:
         if (folder / "state.pt").is_file():
-            flags = ["--resume", shlex.quote(str(folder)), *code_flags(asdict(settings)).values()]
-            error.add_note(f"go on with: python {sys.argv[0]} {' '.join(flags)}")
+            again = ["--resume", str(folder), "--reward", settings.reward]
+            again += ["--monitor", settings.monitor] if settings.monitor else []
+            error.add_note(f"go on with: python {shlex.join([sys.argv[0], *again])}")
         elif not resume:
             shutil.rmtree(folder)
         raise
@@ -765,8 +827,9 @@ def load_prompts(name):
         text = (path if path.is_file() else Path(name)).read_text("utf-8-sig")
     lines = [line.strip() for line in text.split("\n")]
     prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts or re.match(r'PK|\s*[{[]\s*["{[]', text):
-        raise UserError(f"prompts {name}: a text file with a prompt on each line is needed")
+    other = Path(name).suffix in (".csv", ".tsv", ".json", ".jsonl")
+    if not prompts or other or prompts[0].startswith(('{"', "[{", '["', "PK", "prompt,")):
+        raise UserError(f"prompts {name}: it must be plain text, and hold a prompt on each line")
     return prompts
 
 
@@ -791,34 +854,36 @@ def parse(argv=None, kind=Settings):
     parser.error = lambda message: parser.exit(2, f"ddpo.py: error: {message}; see --help\n")
     flags = vars(parser.parse_args(argv))
     folder = flags.pop("resume", None)
-    saved = read_config(folder) if folder else {}
-    saved.pop("code", None)
-    for k, v in code_flags(saved).items():
-        if k not in flags:  # the folder may be somebody else's
-            raise UserError(f"--resume {folder} runs code; if you trust it, add {v}")
+    saved = {}
+    if folder:
+        with explained(f"--resume {folder}: that is not the folder of a run"):
+            folder = Path(folder).resolve(strict=True)
+            saved = json.loads((folder / "config.json").read_text())
+            place = saved.pop("made_with")["place"]
+        for k in ("reward", "monitor"):
+            if ":" in saved[k] and k not in flags:  # the folder may be somebody else's
+                raise UserError(f"--resume {folder} runs code: if you trust it, add --{k}"
+                                f" {shlex.quote(saved[k])}")
+        if Path(place).is_dir():
+            os.chdir(place)  # where the run's paths are found
     with explained("settings"):
         return kind(**saved | flags), folder
 
 
-def code_flags(settings):
-    """Those that name a file of Python code to run, by the setting's name."""
-    return {k: f"--{k} {shlex.quote(settings[k])}"
-            for k in ("reward", "monitor") if ":" in settings.get(k, "")}
-
-
-def read_config(folder):
-    """The config.json of a run."""
-    with explained(f"--resume {folder}: that is not the folder of a run"):
-        return json.loads(Path(folder, "config.json").read_text())
+def run_config(settings, **code):
+    """For config.json: the settings, the code that they are used with, and where they are said."""
+    made_with = {name: rewards.name_of(part) for name, part in code.items()}
+    made_with["ddpo.py"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    return {**asdict(settings), "made_with": {**made_with, "place": os.getcwd()}}
 
 
 MAY_CHANGE = """epochs images_per_epoch updates_per_epoch batch_size grad_checkpointing device
-    precision reward_device lr clip_range adv_clip kl_coef kl_stop monitor eval_every code"""
+    precision reward_device lr clip_range adv_clip kl_coef kl_stop monitor eval_every made_with"""
 
 
 def changes(config, folder):
     """What a run that is resumed does otherwise: {name: (old, new)}. It must stay what it is."""
-    saved = read_config(folder)
+    saved = json.loads(Path(folder, "config.json").read_text())
     changed = {k: (saved.get(k), v) for k, v in config.items() if v != saved.get(k)}
     for k, (old, new) in changed.items():
         if k not in MAY_CHANGE.split():
@@ -832,23 +897,22 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
     take the place of ours."""
     if reward:
         settings = replace(settings, reward=rewards.name_of(reward))
-    code = [rewards.name_of(part) for part in (update, run_class, policy_class)]
-    code.append(hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12])
-    config = {**asdict(settings), "code": code}
+    config = run_config(settings, update=update, run_class=run_class, policy_class=policy_class)
     changed = changes(config, resume) if resume else {}
     prompts = load_prompts(settings.prompts)
     eval_prompts = load_prompts(settings.eval_prompts or settings.prompts)
     device = pick_device(settings.device)
     reward_device = pick_device(settings.reward_device or settings.device)
-    terms = rewards.load_rewards(reward or settings.reward, settings.monitor, reward_device)
-    if taken := {label for label, _, _ in terms} & set(COLUMNS):
-        raise UserError(f"reward {taken.pop()}: metrics.csv has a column of this name; rename it")
+    reward = reward or settings.reward
+    terms = rewards.load_rewards(reward, settings.monitor, reward_device, COLUMNS)
     random_numbers(settings, 0, device)  # seeds the LoRA
     torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
     with explained(f"--model {settings.model}: no such pipeline, or one that cannot be trained"):
         policy = policy_class(settings, device)
-    if not policy.conditional:
-        prompts = eval_prompts = [""]
+    if not policy.conditional and settings.prompts == Settings.prompts:
+        prompts = eval_prompts = [""]  # those that are given are for the reward
+    if cut := policy.too_long(prompts):
+        print(f"{len(cut)} of {len(prompts)} prompts are too long and lose their end: {cut[0]!r}")
     with run_folder(settings, resume) as folder:
         run = run_class(settings, policy, folder)
         run.config = config

@@ -26,7 +26,7 @@ class UserError(Exception):
 
 @contextmanager
 def explained(mistake):
-    """What fails inside becomes a UserError: the mistake, and the first line of the reason."""
+    """What fails inside becomes a UserError: the mistake, and the reason, in one line."""
     try:
         yield
     except UserError:
@@ -34,8 +34,8 @@ def explained(mistake):
     except Exception as error:
         hidden = error.__context__  # a full disk, no network: libraries often rename it
         named = isinstance(hidden, OSError) and not hasattr(hidden, "response")  # no hub's answer
-        reason = (str(hidden if named else error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{mistake} ({reason[:250]})") from None
+        reason = " ".join(str(hidden if named else error).split()) or repr(error)
+        raise UserError(f"{mistake} ({reason[:400]})") from None
 
 
 def to_pil(images):
@@ -224,6 +224,8 @@ def load_file(path):
 
 def name_of(function):
     """What to call it: a function's name, that of a partial's function, of an object's class."""
+    if isinstance(function, str):
+        return function
     function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__).strip("<>")  # no <lambda>
 
@@ -248,9 +250,10 @@ def find_reward(place, term):
                     f"{', '.join([*REWARDS, *MODEL_REWARDS])}, path/to/file.py:function")
 
 
-def load_rewards(reward, monitors="", device="cpu"):
+def load_rewards(reward, monitors="", device="cpu", taken=()):
     """A mix such as "vqa + 0.1*compressibility" or a function, and monitors "A, B", which weigh 0
-    -> [(label, weight, function)]. All names are looked up before any model is loaded."""
+    -> [(label, weight, function)], with none of the labels taken. All names are looked up before
+    any model is loaded."""
     hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -261,7 +264,7 @@ def load_rewards(reward, monitors="", device="cpu"):
     found = {}
     for flag, term in terms:
         label, weight, load = find_reward(f"{flag} {term}", term)
-        if label in found:
-            raise UserError(f"{flag} {label}: two terms have this name")
+        if label in found or label in taken:
+            raise UserError(f"{flag} {label}: another term or a column of metrics.csv is called so")
         found[label] = (weight if flag == "--reward" else 0.0, load)
     return [(label, weight, load(device)) for label, (weight, load) in found.items()]
