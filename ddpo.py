@@ -36,6 +36,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import diffusers
 import numpy as np
@@ -86,7 +87,7 @@ class Settings:
     # learning
     objective: str = flag("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)")
     updates_per_epoch: int = flag(2, "optimizer steps, each on a minibatch of its own", 1)
-    grad_checkpointing: bool = flag(False, "slower, in less memory")
+    save_memory: bool = flag(False, "gradient checkpointing, pictures in tiles: slower")
     lr: float = flag(0.003, "AdamW's; 0: 3e-4 for a LoRA, 1e-5 for the whole UNet")
     clip_range: float = flag(0.002, "ratios are clipped to 1 +- this; 0: 1.64 nats")
     min_std: float = flag(0.7, "steps of less noise are not learned (the paper: all)")
@@ -103,14 +104,15 @@ class Settings:
     eval_images: int = flag(12, "images of an evaluation", 1)
 
     def __post_init__(self):
+        types = get_type_hints(type(self))
         for f in fields(self):
             value = getattr(self, f.name)
-            number = f.type is not str
-            kind = (int, float) if f.type is float else f.type
+            kind = types[f.name]
             least = f.metadata.get("least", 0)
-            if not isinstance(value, kind) or number and not least <= value < math.inf:
-                bounds = f", finite and at least {least}" if number else ""
-                raise UserError(f"{f.name} must be {f.type.__name__}{bounds}, not {value!r}")
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise UserError(f"{f.name} must be {kind.__name__}, not {value!r}")
+            if kind is not str and not least <= value < math.inf:  # NaN fails this, too
+                raise UserError(f"{f.name} must be finite and at least {least}, not {value}")
         for name, choices in (("precision", DTYPES), ("objective", OBJECTIVES)):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} {getattr(self, name)}: there are {', '.join(choices)}")
@@ -293,34 +295,47 @@ def kl_to_pretrained(policy, output, x_t, t, cond):
     return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
 
 
+def nats(row):
+    """An epoch's KL as a text."""
+    return f"{row['kl']:.1f} +- {row['kl_error']:.1f} nats"
+
+
 @torch.no_grad()
 def measure_kl(policy, samples, generator):
-    """Nats of a trajectory between the policy that sampled and the pretrained model, over the steps
-    learned from: an unbiased estimate, from a sixteenth of the images as it takes two calls of the
-    network a step."""
-    x, cond = samples.x, samples.cond
-    images = torch.randperm(len(x), generator=generator)[: math.ceil(len(x) / 16)].to(x.device)
-    total = 0.0
-    for pairs in torch.cartesian_prod(images, policy.trained_steps).split(policy.batch_size):
-        i, j = pairs.unbind(1)
-        t = policy.scheduler.timesteps[j]
-        output = policy.predict(x[i, j], t, cond[i])
-        total += kl_to_pretrained(policy, output, x[i, j], t, cond[i]).sum()
-    return float(total) / len(images)
+    """The same of the policy that sampled, over the steps learned from, and its standard error:
+    the mean of log p - log p_pretrained of what was drawn, by a quarter of the images, as each
+    costs a call of the network a step. Steps of hardly any noise would be most of the sum over
+    all steps, and do not show."""
+    count = max(2, len(samples.x) // 4)
+    images = torch.randperm(len(samples.x), generator=generator)[:count].to(policy.device)
+    pairs = torch.cartesian_prod(images, policy.trained_steps)
+    with without_lora():
+        logp = [pair_logp(policy, samples, micro)[1] for micro in pairs.split(policy.batch_size)]
+    kl = (samples.logp[*pairs.T] - torch.cat(logp)) * samples.x[0, 0].numel()
+    kl = kl.view(count, -1).sum(1)
+    return kl.mean(), kl.std() / math.sqrt(count)
 
 
 # ---------------------------------------------------- 5. update and train
+def pair_logp(policy, samples, pairs):
+    """The network's output for (image, step) pairs, and the logp (P,) of what was drawn there."""
+    i, j = pairs.unbind(1)
+    t = policy.scheduler.timesteps[j]
+    output = policy.predict(samples.x[i, j], t, samples.cond[i])
+    _, logp = ddim_step(policy, output, t, samples.x[i, j], x_prev=samples.x[i, j + 1])
+    return output, logp
+
+
 def pair_loss(policy, settings, samples, pairs):
     """The objective of each (image, step) pair, (P,), and its log(ratio), (P,) without gradient."""
     i, j = pairs.unbind(1)
-    x_t = samples.x[i, j]
-    t = policy.scheduler.timesteps[j]
+    output, logp = pair_logp(policy, samples, pairs)
     logp_old = samples.logp[i, j]
-    output = policy.predict(x_t, t, samples.cond[i])
-    _, logp = ddim_step(policy, output, t, x_t, x_prev=samples.x[i, j + 1])
     objective = OBJECTIVES[settings.objective]
     loss = objective(logp, logp_old, samples.adv[i], policy.clip_range)
     if settings.kl_coef:  # logp is a mean over the dimensions, so the KL is one too
+        x_t = samples.x[i, j]
+        t = policy.scheduler.timesteps[j]
         kl = kl_to_pretrained(policy, output, x_t, t, samples.cond[i])
         loss = loss + settings.kl_coef * kl / x_t[0].numel()
     return loss, logp.detach() - logp_old
@@ -382,7 +397,8 @@ def train(run, terms, prompts, eval_prompts, update=update):
         row["seconds"] = log[-1]["seconds"] + time.time() - start
         run.finish(row)
     if run.too_far(log[-1]):
-        print(f"--kl-stop: {log[-1]['kl']:.1f} nats from the pretrained model")
+        print(f"stopped after epoch {len(log) - 1} of {settings.epochs}: {nats(log[-1])} from the"
+              f" pretrained model, more than --kl-stop {settings.kl_stop:g}")
 
 
 # ==================================================== from here on: what the method stands on
@@ -398,8 +414,11 @@ class Policy:
         self.device = device
         auto = torch.float16 if device.type == "cuda" else torch.float32
         self.dtype = DTYPES[settings.precision] or auto
-        self.batch_size = settings.batch_size  # of pairs as of images: so half precision rounds
-        self.pipe = load_pipeline(settings.model)  # alike, and the ratio is 1
+        # As many pairs as images at a time: half precision rounds both alike, and the ratio is 1.
+        self.batch_size = settings.batch_size
+        # Frozen, so half precision will do; elsewhere autocast casts it.
+        half = device.type == "cuda" and settings.lora_rank
+        self.pipe = load_pipeline(settings.model, self.dtype if half else torch.float32)
         self.unet = self.pipe.unet
         self.conditional = hasattr(self.pipe, "vae")
         self.guidance_scale = settings.guidance_scale if self.conditional else 1.0
@@ -424,21 +443,22 @@ class Policy:
         self.try_out()
 
     def prepare(self, settings):
-        """Precision, memory layout and attention, as the device likes them."""
-        cuda = self.device.type == "cuda"
-        if cuda and settings.lora_rank:  # frozen, so half will do; elsewhere autocast casts it
-            self.unet.to(self.dtype)
-        # The rest stays in float32: XL's VAE overflows in fp16, and bf16 is too coarse for pixels.
-        self.pipe.to(self.device)
-        if cuda:
+        """Device, memory and attention. Text encoders stay on the host: they read a prompt once."""
+        self.unet.to(self.device)
+        if self.conditional:  # in float32: XL's overflows in fp16, bf16 is too coarse for pixels
+            vae = self.pipe.vae.to(self.device)
+            vae.enable_slicing()  # image by image: gigabytes less, hardly slower
+        if self.device.type == "cuda":
             self.unet.to(memory_format=torch.channels_last)  # as its convolutions want it
-        if cuda and self.conditional:
-            self.pipe.vae.enable_slicing()  # image by image: gigabytes less, hardly slower
         for part in self.unet.modules():
             if isinstance(part, Attention) and self.device.type == "cpu":
                 part.set_processor(AttnProcessor())  # the fused one learns slowly there
-        if settings.grad_checkpointing:
+        if settings.save_memory:
             self.unet.enable_gradient_checkpointing()
+        if settings.save_memory and self.conditional:
+            vae.enable_tiling()
+            vae.tile_sample_min_size //= 2
+            vae.tile_latent_min_size //= 2
 
     def try_out(self):
         """A gradient and a picture, before there is a run: what cannot be trained is told now."""
@@ -446,9 +466,11 @@ class Policy:
         if self.conditional and torch.equal(*self.tables[0][:, 1]):
             raise ValueError("its tokenizer or text encoder cannot tell a from b")
         x_t = torch.randn(1, *self.latent_shape, device=self.device)
+        if self.decode(x_t).shape[1] != 3:
+            raise ValueError("its pictures are not RGB")
         output = self.predict(x_t, self.scheduler.timesteps[:1], cond[:1])
-        if output.shape != x_t.shape or self.decode(x_t).shape[1] != 3:
-            raise ValueError("its UNet predicts more than noise, or its pictures are not RGB")
+        if output.shape != x_t.shape:
+            raise ValueError("its UNet predicts more than noise")
         output.sum().backward()
         learns = [layer.lora_B.weight for name, layer in self.lora.items() if "to_v" in name]
         for weight in learns or self.weights:  # quantised layers may pass no gradient on
@@ -491,10 +513,10 @@ class Policy:
     @torch.no_grad()
     def embed(self, prompt):
         """What the network reads of no prompt and of this one: (1, 2, L, D); XL: (1, 2, D), too."""
-        parts = self.pipe.encode_prompt(prompt, device=self.device, num_images_per_prompt=1,
+        parts = self.pipe.encode_prompt(prompt, device="cpu", num_images_per_prompt=1,
                                         do_classifier_free_guidance=True)
         pairs = zip(parts[1::2], parts[::2])
-        return [torch.stack(pair, 1).to(self.unet.dtype) for pair in pairs]
+        return [torch.stack(pair, 1).to(self.device, self.unet.dtype) for pair in pairs]
 
     def too_long(self, prompts):
         """Those of the prompts of which the network reads the beginning alone."""
@@ -550,8 +572,9 @@ KNOWN = {  # of what a model's files can ask of its pipeline, the values that ar
 }
 
 
-def load_pipeline(model):
-    """A pipeline of a kind that can be trained here, from a hub id or a folder."""
+def load_pipeline(model, dtype=torch.float32):
+    """A pipeline of a kind that can be trained here, from a hub id or a folder, its UNet in dtype.
+    """
     diffusers.utils.logging.set_verbosity(100)  # what fails is said here
     diffusers.utils.logging.disable_progress_bar()
     if model.endswith((".safetensors", ".ckpt")):
@@ -563,9 +586,9 @@ def load_pipeline(model):
         raise UserError(f"--model {model} is a {index.get('_class_name')}; what works:"
                         f" {', '.join(KINDS)}")
     try:
-        pipe = read_pipeline(path, index)
+        pipe = read_pipeline(path, index, dtype)
     except OSError:  # many an XL has its weights in half precision alone
-        pipe = read_pipeline(path, index, variant="fp16")
+        pipe = read_pipeline(path, index, dtype, variant="fp16")
     if "beta_start" not in pipe.scheduler.config:  # of a flow or of EDM, with other noise levels
         raise ValueError(f"its scheduler is a {type(pipe.scheduler).__name__}, not of DDPM's kind")
     for part in {"unet", "scheduler", "vae"} & set(pipe.components):
@@ -575,15 +598,16 @@ def load_pipeline(model):
     return pipe
 
 
-def read_pipeline(path, index, **how):
+def read_pipeline(path, index, dtype, **variant):
     """The pipeline in a folder, or on the hub, and no weight of its UNet made up."""
     if not path.is_dir():
-        path = DiffusionPipeline.download(path.as_posix(), safety_checker=None, **how)
+        path = DiffusionPipeline.download(path.as_posix(), safety_checker=None, **variant)
     unet = getattr(diffusers, index["unet"][1])
-    unet, report = unet.from_pretrained(path, subfolder="unet", output_loading_info=True, **how)
+    unet, report = unet.from_pretrained(path, subfolder="unet", torch_dtype=dtype,
+                                        output_loading_info=True, **variant)
     if report["missing_keys"]:
         raise ValueError(f"its UNet lacks {report['missing_keys'][0]}")
-    return DiffusionPipeline.from_pretrained(path, unet=unet, safety_checker=None, **how)
+    return DiffusionPipeline.from_pretrained(path, unet=unet, safety_checker=None, **variant)
 
 
 class LoRALinear(nn.Module):
@@ -642,7 +666,9 @@ def save_lora(policy, path):
 
 
 # ---------------------------------------------------- 7. the run folder: state, metrics, pictures
-COLUMNS = """epoch queries seconds reward_mean reward_std eval_reward kl
+MAY_CHANGE = """epochs images_per_epoch updates_per_epoch batch_size save_memory device precision
+    reward_device lr clip_range adv_clip kl_coef kl_stop monitor eval_every made_with""".split()
+COLUMNS = """epoch queries seconds reward_mean reward_std eval_reward kl kl_error
              loss ratio_error clip_fraction approx_kl grad_norm skipped changed""".split()
 
 
@@ -650,7 +676,7 @@ class Run:
     """All that the next epoch depends on, and the folder that it is kept in."""
 
     config = {}  # for config.json: the settings, and the code that they are used with
-    changed = {}  # of the config on resuming, for the next row of metrics.csv
+    changed = {}  # of it on resuming, for the next row of metrics.csv
 
     def __init__(self, settings, policy, folder=None):
         self.settings = settings
@@ -691,7 +717,7 @@ class Run:
             labels = [label for label, _, _ in terms]
             row |= zip(labels, samples.scores.mean(0)[1:])
         if self.settings.lora_rank:  # else there is no pretrained model left
-            row["kl"] = measure_kl(self.policy, samples, generator)
+            row["kl"], row["kl_error"] = measure_kl(self.policy, samples, generator)
         return row
 
     def evaluate(self, terms, prompts, epoch):
@@ -725,9 +751,12 @@ class Run:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.log)
-        shown = [name for name in ("reward_mean", "reward_std", "kl", "eval_reward") if name in row]
-        print(f"epoch {row['epoch']}/{self.settings.epochs}  {row['seconds']:.0f} s ",
-              *(f" {name} {row[name]:.3f}" for name in shown), flush=True)
+        line = f"epoch {row['epoch']}/{self.settings.epochs}"
+        if "reward_mean" in row:
+            line += f"  reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
+        if "kl" in row:
+            line += f"  {nats(row)} in the {len(self.policy.trained_steps)} steps learned from"
+        print(f"{line}  {row['seconds']:.0f} s", flush=True)
         vain = [r for r in self.log if r.get("reward_std") == 0 or r.get("grad_norm") == 0]
         if vain == [row]:  # say it once
             print("nothing was learned: all images, or all of each group, got the same reward")
@@ -736,7 +765,7 @@ class Run:
         """All that `load` takes over, as tensors and plain Python objects."""
         return {"weights": nn.ParameterList(self.policy.weights).state_dict(), "log": self.log,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "stats": self.memory}
+                "stats": self.memory, "settings": {k: self.config.get(k) for k in MAY_CHANGE}}
 
     def load(self, state):
         """Take over a saved state; the learning rate may be another now."""
@@ -748,6 +777,7 @@ class Run:
         self.scaler.load_state_dict(self.scaler.state_dict() | state["scaler"])  # fp32 has none
         self.memory = state["stats"]
         self.log = state["log"]
+        self.changed = changes(state["settings"], self.config)
 
     def save(self):
         """Write the state with the settings behind it, and the LoRA alone for others to use."""
@@ -795,13 +825,15 @@ def run_folder(settings, resume=None):
     try:
         yield folder
     except BaseException as error:
+        if isinstance(error, SystemExit):  # else it would look like a success
+            error = UserError(f"a reward's code left Python with exit({error})")
         if (folder / "state.pt").is_file():
             again = ["--resume", str(folder), "--reward", settings.reward]
             again += ["--monitor", settings.monitor] if settings.monitor else []
             error.add_note(f"go on with: python {shlex.join([sys.argv[0], *again])}")
         elif not resume:
             shutil.rmtree(folder)
-        raise
+        raise error
 
 
 def save_pictures(images, captions, path):
@@ -827,8 +859,9 @@ def load_prompts(name):
         text = (path if path.is_file() else Path(name)).read_text("utf-8-sig")
     lines = [line.strip() for line in text.split("\n")]
     prompts = [line for line in lines if line and not line.startswith("#")]
-    other = Path(name).suffix in (".csv", ".tsv", ".json", ".jsonl")
-    if not prompts or other or prompts[0].startswith(('{"', "[{", '["', "PK", "prompt,")):
+    other = r'\{"|\[[{"]|[{\[]$|PK\x03|prompt,'  # JSON, a zip, CSV
+    suffix = Path(name).suffix
+    if not prompts or re.match(other, prompts[0]) or suffix in (".csv", ".json", ".jsonl"):
         raise UserError(f"prompts {name}: it must be plain text, and hold a prompt on each line")
     return prompts
 
@@ -846,8 +879,11 @@ def parse(argv=None, kind=Settings):
     about = "Fine-tune a diffusion model on a reward. The defaults are for the bundled model."
     parser = argparse.ArgumentParser("ddpo.py", description=about, allow_abbrev=False,
                                      fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)
+    types = get_type_hints(kind)
     for f in fields(kind):
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        how = {"type": types[f.name]}
+        if types[f.name] is bool:
+            how = {"action": argparse.BooleanOptionalAction}
         text = f"{f.metadata.get('help', '')} (default: {f.default!r})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
@@ -859,12 +895,12 @@ def parse(argv=None, kind=Settings):
         with explained(f"--resume {folder}: that is not the folder of a run"):
             folder = Path(folder).resolve(strict=True)
             saved = json.loads((folder / "config.json").read_text())
-            place = saved.pop("made_with")["place"]
-        for k in ("reward", "monitor"):
-            if ":" in saved[k] and k not in flags:  # the folder may be somebody else's
-                raise UserError(f"--resume {folder} runs code: if you trust it, add --{k}"
-                                f" {shlex.quote(saved[k])}")
-        if Path(place).is_dir():
+            place = Path(saved.pop("made_with")["place"])
+            code = {k: saved[k] for k in ("reward", "monitor") if ":" in saved[k]}
+        for k in code.keys() - flags.keys():  # the folder may be somebody else's
+            raise UserError(f"--resume {folder} runs code: if you trust it, add --{k}"
+                            f" {shlex.quote(code[k])}")
+        if place.is_dir() and not code:
             os.chdir(place)  # where the run's paths are found
     with explained("settings"):
         return kind(**saved | flags), folder
@@ -877,33 +913,33 @@ def run_config(settings, **code):
     return {**asdict(settings), "made_with": {**made_with, "place": os.getcwd()}}
 
 
-MAY_CHANGE = """epochs images_per_epoch updates_per_epoch batch_size grad_checkpointing device
-    precision reward_device lr clip_range adv_clip kl_coef kl_stop monitor eval_every made_with"""
+def changes(old, new):
+    """What differs in a part of a config and in another one: {name: (old, new)}."""
+    return {k: (old[k], new.get(k)) for k in old if old[k] != new.get(k)}
 
 
-def changes(config, folder):
-    """What a run that is resumed does otherwise: {name: (old, new)}. It must stay what it is."""
+def check_resume(config, folder):
+    """A run that is resumed stays what it is."""
     saved = json.loads(Path(folder, "config.json").read_text())
-    changed = {k: (saved.get(k), v) for k, v in config.items() if v != saved.get(k)}
-    for k, (old, new) in changed.items():
-        if k not in MAY_CHANGE.split():
+    for k, (old, new) in changes(saved, config).items():
+        if k not in MAY_CHANGE:
             raise UserError(f"--resume {folder}: its {k} is {old!r}; begin a new run for {new!r}")
-    return changed
 
 
 def launch(settings, resume=None, reward=None, update=update, run_class=Run, policy_class=Policy):
     """Train a new run, or go on with the one in the folder `resume`; returns the folder. `reward`
     is a Python function in the place of settings.reward; `update`, `run_class` and `policy_class`
     take the place of ours."""
-    if reward:
-        settings = replace(settings, reward=rewards.name_of(reward))
+    if reward is None:
+        reward = settings.reward
+    settings = replace(settings, reward=rewards.name_of(reward))
     config = run_config(settings, update=update, run_class=run_class, policy_class=policy_class)
-    changed = changes(config, resume) if resume else {}
+    if resume:
+        check_resume(config, resume)
     prompts = load_prompts(settings.prompts)
     eval_prompts = load_prompts(settings.eval_prompts or settings.prompts)
     device = pick_device(settings.device)
     reward_device = pick_device(settings.reward_device or settings.device)
-    reward = reward or settings.reward
     terms = rewards.load_rewards(reward, settings.monitor, reward_device, COLUMNS)
     random_numbers(settings, 0, device)  # seeds the LoRA
     torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
@@ -916,7 +952,6 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
     with run_folder(settings, resume) as folder:
         run = run_class(settings, policy, folder)
         run.config = config
-        run.changed = changed
         if resume:
             with explained(f"{folder / 'state.pt'} is damaged or of another kind of run"):
                 run.load(torch.load(folder / "state.pt", "cpu", weights_only=True))  # no code
@@ -943,7 +978,7 @@ def main(argv=None, launch=launch, kind=Settings):
     except (UserError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         why = str(error).partition("\n")[0] or "stopped"
         if isinstance(error, torch.OutOfMemoryError):
-            why += "; lower --batch-size, or add --grad-checkpointing"
+            why += "; lower --batch-size, or add --save-memory"
         line = "; ".join([why, *getattr(error, "__notes__", [])])
         print("ddpo.py: error:", line, file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)

@@ -3,7 +3,7 @@ higher the better. MODEL_REWARDS are loaders: they take hub ids or folders of mo
 reward. One of your own: `--reward path/to/file.py:function`, as in examples/my_reward.py.
 """
 
-import importlib.util
+import importlib
 import inspect
 import io
 import re
@@ -207,19 +207,16 @@ def load_models(place, name, inside, device):
     return reward
 
 
-def load_file(path):
-    """A file of Python code as a module, imported once; its neighbours are found, too."""
-    name = str(Path(path).resolve())
-    if name not in sys.modules:
-        sys.path.insert(0, str(Path(name).parent))
-        spec = importlib.util.spec_from_file_location(name, name)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[name])
-        except BaseException:  # its author sees where
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+def load_function(path, name):
+    """A function of a file, which is imported once, with its folder's other modules in reach."""
+    path = Path(path).resolve()
+    sys.path.insert(0, str(path.parent))
+    module = importlib.import_module(path.stem)
+    if getattr(module, "__file__", "") != str(path):
+        raise UserError(f"{path}: another module is called {path.stem}; rename the file")
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{path} has no function {name}")
+    return getattr(module, name)
 
 
 def name_of(function):
@@ -242,9 +239,7 @@ def find_reward(place, term):
         if label in REWARDS:
             return label, weight, lambda device: REWARDS[label]
         if Path(file).is_file():
-            reward = getattr(load_file(file), function, None)
-            if not callable(reward):
-                raise UserError(f"{place}: {file} has no function {function}")
+            reward = load_function(file, function)
             return function, weight, lambda device: reward
     raise UserError(f"{place}: unknown; write A, 0.1*A + B - C or A(FOLDER, FILE); there are "
                     f"{', '.join([*REWARDS, *MODEL_REWARDS])}, path/to/file.py:function")

@@ -1,6 +1,6 @@
 """DDPO's loop with updates that learn from finished images with noise added to them.
 
-    python examples/forward.py --reward compressibility --lr 0.003 --method nft
+    python examples/forward.py --reward compressibility --method nft
 
 For K pairs of noise eps and time t of each image x_0, x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps and
 l(theta) = mean (eps_theta - eps)^2; A is the image's advantage, old the network that sampled it:
@@ -19,6 +19,7 @@ models are of eps, v or x_0 and no flows, and A lacks the epoch's mean, as a mem
 """
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +32,17 @@ import ddpo
 
 @dataclass(frozen=True)
 class ForwardSettings(ddpo.Settings):
-    method: str = "nft"  # rwr, awm, nft or pepg
-    noise_levels: int = 4  # pairs of noise and time for each image (K)
-    beta: float = 1.0  # nft: the smaller, the further from old an epoch can go
-    inverse_temperature: float = 1.0  # rwr: an image counts with softmax(this * advantage)
-    keep: float = 1.0  # rwr: this share of the images counts, the best ones
-    ref_coef: float = 0.0  # of mean (eps - that of the pretrained model)^2, added to the loss
+    method: str = ddpo.flag("nft", "rwr, awm, nft or pepg")
+    noise_levels: int = ddpo.flag(4, "pairs of noise and time for each image (K)", 1)
+    beta: float = ddpo.flag(1.0, "nft: the smaller, the further from old it can go", 1e-6)
+    inverse_temperature: float = ddpo.flag(1.0, "rwr: an image counts as softmax(this * adv)")
+    keep: float = ddpo.flag(1.0, "rwr: this share of the images counts, the best ones")
+    ref_coef: float = ddpo.flag(0.0, "of mean (eps - the pretrained model's)^2 in the loss")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.method not in ("rwr", "awm", "nft", "pepg") or not self.beta or self.keep > 1:
-            raise ddpo.UserError("method: rwr, awm, nft, pepg; beta: more than 0; keep: at most 1")
+        if self.method not in ("rwr", "awm", "nft", "pepg") or self.keep > 1:
+            raise ddpo.UserError("method: rwr, awm, nft, pepg; keep: at most 1")
         if self.kl_coef or (self.ref_coef and not self.lora_rank):
             raise ddpo.UserError("kl_coef does nothing here; ref_coef does, and needs a LoRA")
 
@@ -100,25 +101,29 @@ def pair_loss(policy, settings, x_t, t, cond, target, adv, old=None):  # (P,)
     return loss
 
 
+def draw_times(images, K, end, generator):
+    """Of K times (images, K), whole numbers in [0, end), each is in a stratum of its own."""
+    return (torch.arange(K) * end + torch.randint(end, (images, K), generator=generator)) // K
+
+
 def forward_update(run, samples, generator):
     """In the place of ddpo.update: a step on each minibatch of images, with all of their pairs."""
     settings = run.settings
     policy = run.policy
-    x, _, cond, adv = samples
-    adv = adv - adv.mean()
+    x = samples.x
+    adv = samples.adv - samples.adv.mean()
     order = torch.randperm(len(x), generator=generator)
     if settings.method == "rwr":
         adv = rwr_weights(adv, settings.inverse_temperature, settings.keep)
         order = order[adv.cpu()[order] > 0]  # the others would be work for nothing
-    # The K times are stratified. A prompt's images share them and the noise: only images differ.
+    # The images of a group share times and noise: only images differ.
     abar = policy.scheduler.alphas_cumprod.to(x.device).view(-1, 1, 1, 1)
     K = settings.noise_levels
     group = settings.samples_per_prompt
-    end = len(abar)
-    t = (torch.arange(K) * end + torch.randint(end, (len(x) // group, K), generator=generator)) // K
+    t = draw_times(len(x) // group, K, len(abar), generator)
     noise = torch.randn(*t.shape, *x.shape[2:], generator=generator)
     t, noise = [v.repeat_interleave(group, 0)[order].flatten(0, 1).to(x.device) for v in (t, noise)]
-    x_0, cond, adv = [v[order].repeat_interleave(K, 0) for v in (x[:, -1], cond, adv)]
+    x_0, cond, adv = [v[order].repeat_interleave(K, 0) for v in (x[:, -1], samples.cond, adv)]
     signal = abar[t].sqrt()
     sigma = (1 - abar[t]).sqrt()
     x_t = signal * x_0 + sigma * noise
@@ -127,18 +132,18 @@ def forward_update(run, samples, generator):
     rows = torch.arange(len(t), device=x.device)
     if settings.method != "rwr":  # now, for after the first step the weights that sampled are gone
         with torch.no_grad():
-            old = [policy.predict(x_t[i], t[i], cond[i]) for i in rows.split(policy.micro_batch)]
+            old = [policy.predict(x_t[i], t[i], cond[i]) for i in rows.split(policy.batch_size)]
         pairs.append(torch.cat(old))
     losses = []
     norms = []
     for minibatch in rows.chunk(settings.updates_per_epoch):
-        for micro in minibatch.split(policy.micro_batch):
+        for micro in minibatch.split(policy.batch_size):
             loss = pair_loss(policy, settings, *[v[micro] for v in pairs]).sum() / (len(x) * K)
             run.scaler.scale(loss * settings.updates_per_epoch).backward()
             losses.append(loss.detach())
         norms.append(run.step())
-    skipped = sum(not norm < torch.inf for norm in norms)  # or NaN
-    return {"loss": sum(losses).item(), "grad_norm": sum(norms) / len(norms), "skipped": skipped}
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    return {"loss": sum(losses), "grad_norm": sum(norms) / len(norms), "skipped": skipped}
 
 
 if __name__ == "__main__":

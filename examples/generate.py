@@ -29,9 +29,8 @@ def load(model):
 def draw(pipe, prompts, seed, config):
     """A PIL image for each prompt."""
     generator = torch.Generator(pipe.device).manual_seed(seed)
-    names = {"num_inference_steps": "steps", "guidance_scale": "guidance_scale", "eta": "eta"}
-    settings = {theirs: config[ours] for theirs, ours in names.items()}
-    return pipe(prompts, generator=generator, **settings).images
+    how = {"num_inference_steps": config["steps"], "guidance_scale": config["guidance_scale"]}
+    return pipe(prompts, generator=generator, eta=1.0, **how).images
 
 
 def main():
@@ -45,7 +44,7 @@ def main():
     logging.disable_progress_bar()
     try:
         config = json.loads((args.run / "config.json").read_text())
-        bundled = Path(__file__).parent / "emoji-diffusion"
+        bundled = Path(__file__).parent / "models" / "emoji-diffusion"
         pipe = load(bundled if config["model"] == bundled.name else config["model"])
         if not hasattr(pipe, "tokenizer"):
             raise ValueError(f"{config['model']} draws without prompts")

@@ -3,12 +3,14 @@
     torchrun --nproc-per-node=8 examples/multi_gpu.py --reward aesthetic --images-per-epoch 256
 
 Takes every flag of ddpo.py. --images-per-epoch counts the images of all processes together,
---sample-batch and --micro-batch those of one. All keep the statistics of all rewards. Gradients are
-averaged before they are clipped or found not to be finite, so all processes take the same step.
-Process 0 evaluates, writes and prints; from its state all resume, however many they are.
+--batch-size those of one. All keep the statistics of all rewards. Gradients are averaged before
+they are clipped or found not to be finite, so all processes take the same step. Process 0
+evaluates, writes and prints; from its folder all resume, however many they are. Without torchrun
+there is one process.
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -27,19 +29,21 @@ def gather(value):  # of all processes, in the order of their ranks
     return values
 
 
-def mean(row):  # over all processes, of each number in it; None where one of them has none
-    columns = zip(*(other.values() for other in gather(row)))
-    return {k: None if None in v else sum(v) / len(v) for k, v in zip(row, columns)}
+def mean(row):  # over all processes, of each number in it
+    rows = gather({name: float(value) for name, value in row.items()})
+    return {name: sum(other[name] for other in rows) / len(rows) for name in row}
 
 
 class SharedRun(ddpo.Run):
-    def __init__(self, settings, policy):
+    begun = False  # what goes wrong before goes wrong in all processes
+
+    def __init__(self, settings, policy, folder):
         images, rest = divmod(settings.images_per_epoch, dist.get_world_size())
         if rest:
             raise ddpo.UserError(f"images_per_epoch must be a multiple of {dist.get_world_size()}")
         seed = settings.seed + 101 * dist.get_rank()  # each has prompts and noise of its own
-        rarely = {"eval_every": 10**9, "save_every": 10**9} if dist.get_rank() else {}
-        super().__init__(replace(settings, images_per_epoch=images, seed=seed, **rarely), policy)
+        super().__init__(replace(settings, images_per_epoch=images, seed=seed), policy, folder)
+        SharedRun.begun = True
 
     def advantages(self, prompts, rewards):  # of this process's images, among the rewards of all
         adv = super().advantages(sum(gather(prompts), []), torch.cat(gather(rewards)))
@@ -51,33 +55,50 @@ class SharedRun(ddpo.Run):
             weight.grad /= dist.get_world_size()
         return super().step()
 
-    def describe(self, terms, prompts, x, cond, scores, generator):
-        row = mean(super().describe(terms, prompts, x, cond, scores, generator))
-        row["queries"] = self.log[-1]["queries"] + sum(gather(len(prompts)))
-        row["reward_std"] = torch.cat(gather(scores))[:, 0].std().item()
-        return row
+    def describe(self, terms, samples, generator):
+        row = mean(super().describe(terms, samples, generator))
+        if "kl_error" in row:  # that of a mean of so many estimates
+            row["kl_error"] /= dist.get_world_size() ** 0.5
+        rewards = torch.cat(gather(samples.scores[:, 0]))
+        return {**row, "queries": self.log[-1]["queries"] + len(rewards),
+                "reward_std": rewards.std()}
+
+    def evaluate(self, terms, prompts, epoch):
+        return 0.0 if dist.get_rank() else super().evaluate(terms, prompts, epoch)
+
+    def record(self, row):
+        if not dist.get_rank():
+            super().record(row)
+
+    def save(self):
+        if not dist.get_rank():
+            super().save()
 
 
 def update(run, samples, generator):
     row = ddpo.update(run, samples, generator)
-    return {**mean(row), "ratio_error": max(gather(row["ratio_error"])), "skipped": row["skipped"]}
+    worst = max(gather(float(row["ratio_error"])))
+    return {**mean(row), "ratio_error": worst, "skipped": row["skipped"]}
 
 
-def launch(settings, folder):  # what all but the first process write goes to a folder of no use
+def launch(settings, resume):  # all but process 0 have a folder of their own, of no use afterwards
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
-    state = Path(folder or "", "state.pt")
-    saved = gather(state.read_bytes() if folder and state.is_file() else None)[0]
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**alone)  # NCCL between GPUs, gloo between CPUs
     with tempfile.TemporaryDirectory() as scratch:
-        if dist.get_rank() and saved:
-            Path(scratch, "state.pt").write_bytes(saved)
+        if dist.get_rank() and resume:
+            unused = shutil.ignore_patterns("samples", "pipeline")
+            resume = shutil.copytree(resume, f"{scratch}/run", ignore=unused)
+        elif dist.get_rank():
+            settings = replace(settings, out=f"{scratch}/run")
         try:
-            ddpo.launch(settings, scratch if dist.get_rank() else folder, None, update, SharedRun)
-        except ddpo.UserError:
-            if Path(scratch, "config.json").exists():  # before that all fail alike
+            ddpo.launch(settings, resume, None, update, SharedRun)
+        except Exception as error:
+            if SharedRun.begun or not isinstance(error, ddpo.UserError):
                 sys.stderr = sys.__stderr__
             raise
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plot runs: reward, KL and diversity, or other columns of metrics.csv, against reward queries.
+"""Plot runs: reward and KL, or other columns of metrics.csv, against reward queries.
 
     pip install matplotlib
     python examples/plot.py runs/compressibility   # one curve
@@ -6,38 +6,45 @@
     python examples/plot.py --gif runs/compressibility   # its pictures, moving; no matplotlib
 
 Runs whose config.json differs only in the seed (and the folder) share a curve: their mean, and a
-band from the lowest to the highest. Of runs with the same seed each has a curve of its own.
+band from the lowest to the highest. The code counts, too: another update, or an edited ddpo.py, is
+another curve. Of runs with the same seed each has a curve of its own.
 """
 
 import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLUMNS = ["reward_mean", "kl", "diversity"]
+COLUMNS = ["reward_mean", "kl", "diversity"]  # those that any of the runs has
 TITLES = {"reward_mean": "reward", "kl": "KL to the pretrained model, nats"}  # else the name
 
 
-def read(run, columns=COLUMNS):
-    """The settings of a run folder, and of these columns that have values (queries, values)."""
+def read(run):
+    """{column: (queries, values)} of a run's metrics.csv, for those that have values."""
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     curves = {}
-    for column in columns:
-        points = [(int(row["queries"]), float(row[column])) for row in rows if row.get(column)]
+    for column in rows[0].keys() - {"changed"}:  # which is a text
+        points = [(int(row["queries"]), float(row[column])) for row in rows if row[column]]
         if points:
             curves[column] = np.array(points).T
-    return json.loads((run / "config.json").read_text()), curves
+    return curves
+
+
+def read_config(run):
+    """What a run was made with: its settings, and each part of the code."""
+    config = json.loads((run / "config.json").read_text())
+    made_with = config.pop("made_with", {})
+    return config | made_with
 
 
 def groups(runs):
     """Runs by what they have in common; the label is what sets a group apart from the others."""
-    configs = {run: read(run)[0] for run in runs}
+    configs = {run: read_config(run) for run in runs}
     names = dict.fromkeys(name for config in configs.values() for name in config)
-    names = [name for name in names if name not in ("seed", "out", "made_with")]
+    names = [name for name in names if name not in ("seed", "out", "place")]
     varied = [k for k in names if len({str(config.get(k)) for config in configs.values()}) > 1]
     by_label = {}
     for run, config in configs.items():
@@ -50,8 +57,8 @@ def groups(runs):
     return by_label
 
 
-def animate(run, out):
-    """Save the pictures of a run's evaluations, always the same prompts and noise, as a GIF."""
+def pictures(run):
+    """Those of a run's evaluations, always the same prompts and noise, as frames of a GIF."""
     frames = []
     height = 0
     for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()):
@@ -68,27 +75,23 @@ def animate(run, out):
             text = f"epoch {row['epoch']}, mean reward {float(row['eval_reward']):.2f}"
             ImageDraw.Draw(frame).text((2, 4), text, fill="black", font_size=14)
             frames.append(frame.quantize(128, dither=Image.Dither.NONE))
-    if not frames:
-        sys.exit(f"plot.py: error: {run} has no pictures of evaluations")
-    hold = [600] * (len(frames) - 1) + [2000]  # milliseconds
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=hold, loop=0)
+    return frames
 
 
-def draw(runs, columns, out):
-    """Plot these columns, a panel each."""
+def draw(curves, columns, out):
+    """Plot these columns of the runs' curves, a panel each."""
     import matplotlib.pyplot as plt  # here, since a GIF needs none
 
     heights = [2, *[1] * (len(columns) - 1)]
     size = {"figsize": (7, 2 * sum(heights)), "height_ratios": heights}
     figure, axes = plt.subplots(len(heights), 1, sharex=True, squeeze=False, **size)
-    for label, group in groups(runs).items():
+    for label, group in groups(list(curves)).items():
         for axis, column in zip(axes[:, 0], columns):
-            curves = [read(run, columns)[1].get(column) for run in group]
-            curves = [curve for curve in curves if curve is not None]
-            if curves:
-                queries = max((x for x, _ in curves), key=len)  # past its end a run has no value
-                values = np.array([np.interp(queries, x, y, right=np.nan) for x, y in curves])
-                seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
+            found = [curves[run][column] for run in group if column in curves[run]]
+            if found:
+                queries = max((x for x, _ in found), key=len)  # past its end a run has no value
+                values = np.array([np.interp(queries, x, y, right=np.nan) for x, y in found])
+                seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
                 axis.plot(queries, np.nanmean(values, 0), label=label + seeds)
                 axis.fill_between(queries, np.nanmin(values, 0), np.nanmax(values, 0), alpha=0.2)
                 axis.set_ylabel(TITLES.get(column, column))
@@ -99,22 +102,34 @@ def draw(runs, columns, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("plot.py", description=__doc__.partition("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--columns", nargs="+", default=COLUMNS, help="of metrics.csv")
+    parser.add_argument("--columns", nargs="+", metavar="NAME", help="of metrics.csv")
     parser.add_argument("--gif", action="store_true", help="the pictures of one run, moving")
     parser.add_argument("--out", help="the picture; default: plot.png, or run.gif in the run")
+    parser.error = lambda message: parser.exit(2, f"plot.py: error: {message}\n")
     args = parser.parse_args()
     if args.gif and len(args.runs) > 1:
-        sys.exit("plot.py: error: --gif takes one run")
+        parser.error("--gif takes one run")
     for run in args.runs:
-        if not (run / "metrics.csv").is_file():
-            sys.exit(f"plot.py: error: {run} has no metrics.csv: name the folder of a run")
+        for name in ("metrics.csv", "config.json"):
+            if not (run / name).is_file():
+                parser.error(f"{run} has no {name}: name the folder of a run")
     out = args.out or (args.runs[0] / "run.gif" if args.gif else "plot.png")
     if args.gif:
-        animate(args.runs[0], out)
+        frames = pictures(args.runs[0])
+        if not frames:
+            parser.error(f"{args.runs[0]} has no pictures of evaluations")
+        hold = [600] * (len(frames) - 1) + [2000]  # milliseconds
+        frames[0].save(out, save_all=True, append_images=frames[1:], duration=hold, loop=0)
     else:
-        draw(args.runs, args.columns, out)
+        curves = {run: read(run) for run in args.runs}
+        there = set().union(*curves.values())
+        columns = args.columns or [name for name in COLUMNS if name in there] or COLUMNS[:1]
+        for column in columns:
+            if column not in there:
+                parser.error(f"no run has numbers in a column {column}")
+        draw(curves, columns, out)
     print(f"saved {out}")
 
 

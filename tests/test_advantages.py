@@ -1,11 +1,13 @@
 """Proves that the advantages are (reward - mean) / std over the last rewards of the same prompt, or
-over the batch while a prompt is young, whatever type the rewards have."""
+over the batch while a prompt is young, whatever type the rewards have; or over a group, which
+shares its prompt and its first noise."""
 
 import random
 import statistics
 
 import pytest
 import torch
+from conftest import failure, flags, launch, remember
 
 from ddpo import group_advantages, prompt_advantages
 
@@ -40,15 +42,17 @@ def test_several_rounds_against_plain_python(buffer_size, min_count):
     assert max(map(len, history.values())) > buffer_size, "no buffer overflowed"
 
 
-def test_an_easy_prompt_does_not_outshine_a_hard_one():
+@pytest.mark.parametrize("buffer_size, min_count", [(8, 4), (4, 5)])
+def test_an_easy_prompt_does_not_outshine_a_hard_one(buffer_size, min_count):
     """The reason for statistics of each prompt: after enough rewards, only what is better than
-    usual for a prompt counts."""
+    usual for a prompt counts. A count above the buffer means a full buffer; else every prompt would
+    be compared with the batch, for ever."""
     prompts = ["easy", "easy", "hard", "hard"]
-    rewards = [101.0, 99.0, 2.0, 0.0]
+    rewards = torch.tensor([101.0, 99.0, 2.0, 0.0])
     memory = {}
-    young = prompt_advantages(memory, prompts, rewards, buffer_size=8, min_count=4)
-    old = prompt_advantages(memory, prompts, rewards, buffer_size=8, min_count=4)
-    assert young[1] > young[2]
+    young = prompt_advantages(memory, prompts, rewards, buffer_size, min_count)
+    old = prompt_advantages(memory, prompts, rewards, buffer_size, min_count)
+    torch.testing.assert_close(young, (rewards - rewards.mean()) / rewards.std(correction=0))
     torch.testing.assert_close(old, torch.tensor([1.0, -1.0, 1.0, -1.0]))
 
 
@@ -66,17 +70,6 @@ def test_any_type_of_reward_gives_float32_advantages(dtype):
 def test_constant_rewards_give_advantage_zero(min_count):
     adv = prompt_advantages({}, ["cat", "cat", "dog"], torch.full((3,), 7.1), 32, min_count)
     assert (adv == 0).all()
-
-
-def test_a_count_above_the_buffer_means_a_full_buffer():
-    """Else every prompt would be compared with the batch, for ever."""
-    rewards = torch.tensor([101.0, 99.0, 2.0, 0.0])
-    prompts = ["easy", "easy", "hard", "hard"]
-    memory = {}
-    first = prompt_advantages(memory, prompts, rewards, buffer_size=4, min_count=5)
-    torch.testing.assert_close(first, (rewards - rewards.mean()) / rewards.std(correction=0))
-    second = prompt_advantages(memory, prompts, rewards, buffer_size=4, min_count=5)
-    torch.testing.assert_close(second, torch.tensor([1.0, -1.0, 1.0, -1.0]))
 
 
 def test_a_single_prompt_is_compared_with_its_whole_batch():
@@ -101,3 +94,38 @@ def test_a_group_is_compared_with_itself_in_units_of_the_spread_of_all():
 def test_as_many_rewards_as_prompts(rewards):
     with pytest.raises(ValueError):
         prompt_advantages({}, ["cat", "dog", "bee"], torch.zeros(rewards))
+
+
+def test_a_group_shares_its_prompt_and_first_noise_and_is_its_own_baseline(
+    tiniest_model, tmp_path
+):
+    """Groups of 4 in batches of 3."""
+    batches = []
+    seen = []
+
+    def watch(images, prompts):
+        scores = [len(p) + b for p, b in zip(prompts, images.mean((1, 2, 3)).tolist())]
+        batches.append(list(zip(prompts, scores)))
+        return scores
+
+    given = {"images_per_epoch": 12, "batch_size": 3, "epochs": 1, "samples_per_prompt": 4}
+    launch(tiniest_model, tmp_path / "run", watch, remember(seen), **given)
+    drawn = [pair for batch in batches[1:5] for pair in batch]  # after the first evaluation
+    groups = [drawn[:4], drawn[4:8], drawn[8:]]
+    assert [len({prompt for prompt, _ in group}) for group in groups] == [1, 1, 1]
+    reward = torch.tensor([[r for _, r in group] for group in groups], dtype=torch.float64)
+    centred = (reward - reward.mean(1, keepdim=True)).flatten()
+    expected = centred / centred.square().mean().sqrt()
+    _, samples = seen[0]
+    torch.testing.assert_close(samples.adv, expected.float(), rtol=1e-2, atol=1e-3)
+    x = samples.x
+    for group in x.split(4):
+        assert (group[:, 0] == group[:1, 0]).all()
+        assert not (group[:, 1] == group[:1, 1]).all()
+    assert not torch.equal(x[0, 0], x[4, 0])
+
+
+def test_groups_that_do_not_fill_an_epoch_are_refused(tiniest_model, tmp_path, capsys):
+    message = failure(capsys, *flags(tiniest_model, out=tmp_path / "run", samples_per_prompt=3))
+    assert "images_per_epoch must be a multiple of" in message
+    assert not (tmp_path / "run").exists()

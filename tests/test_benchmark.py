@@ -1,9 +1,8 @@
-"""Proves that what examples/benchmark.py prints follows from what it timed, that phase and floor
-make the same calls of the network, as many as it says, and that its Stable Diffusions are the
-published ones."""
+"""Proves that what examples/experiments/benchmark.py prints follows from what it timed, that phase
+and floor make the same calls of the network, as many as it says, and that its Stable Diffusions are
+the published ones."""
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -11,26 +10,26 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import save_tiny_pixels
+from conftest import PLAIN, as_flags, make_policy, must_not_sample, save_tiny_pixels
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 import ddpo
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(ddpo.EXAMPLES / "experiments"))
 import benchmark
 
-SMALL = """--device=cpu --precision=fp32 --steps=5 --sample-batch=3 --images-per-epoch=6
-           --updates-per-epoch=2 --micro-batch=4""".split()
+SMALL = {"steps": 5, "images_per_epoch": 6, "updates_per_epoch": 2, "batch_size": 4}
 
 
-def bench(model, out, *argv):
+def bench(model, out, *argv, **settings):
     """The numbers of a benchmark of two steps, repeated once."""
-    short = ["--measure-steps=2", "--repeats=1", f"--json={out}"]
-    benchmark.main([*SMALL, *short, f"--model={model}", *argv])
+    short = ["--measure-steps=2", "--repeats=1", f"--json={out}", f"--model={model}"]
+    benchmark.main([*as_flags({**PLAIN, **SMALL, **settings}), *short, *argv])
     return json.loads(out.read_text())
 
 
-def spy_on_network(monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
     """Two growing lists: of every forward pass (batch, whether it was learned from, whether the
     LoRA was on), those of the phases and those of the floors."""
     phases = []
@@ -51,42 +50,36 @@ def spy_on_network(monkeypatch):
         return counted
 
     monkeypatch.setattr(benchmark, "floor", floor)
+    monkeypatch.setattr(ddpo.Policy, "try_out", lambda policy: None)  # calls the network, too
     for kind in (UNet2DConditionModel, UNet2DModel):
         monkeypatch.setattr(kind, "forward", spied(kind.forward))
     return phases, floors
 
 
-# ---------------------------------------------------- what is measured
-
-
 def test_the_numbers_follow_from_the_times_and_the_calls_are_those_made(
-    tiniest_model, tmp_path, monkeypatch, capsys
+    calls, tiniest_model, tmp_path, capsys
 ):
-    phase, floor = spy_on_network(monkeypatch)
-    result = bench(tiniest_model, tmp_path / "b.json", "--guidance-scale=3", "--repeats=2")
+    how = {"guidance_scale": 3.0, "images_per_epoch": 4}
+    result = bench(tiniest_model, tmp_path / "b.json", "--repeats=2", **how)
     phases = result["phases"]
     names = ("sampling", "update", "decode", "reward")
-    sampling, update, decode, reward = (phases[name] for name in names)
+    sampling, update, _, _ = (phases[name] for name in names)
 
-    # 3 images of 2 of 5 steps are 6 pairs; 2 calls of 4 are wanted, so the images count twice.
-    assert (sampling["calls"], update["calls"], update["pairs"]) == (2, 3, 12)
-    sampled = [(6, False, True)] * 2  # twice the batch, because of guidance
-    learned = [(8, True, True)] * 3
-    assert phase == 4 * (sampled + learned)  # recorded, warm-up, two repetitions
-    assert floor == 3 * ([(6, False, False)] * 2 + learned)
-    assert update["optimizer_steps"] == 1  # of 3 images of 5 steps, the training's
+    # 4 images of 2 of 5 steps are 8 pairs: two calls of 4.
+    assert (sampling["calls"], update["calls"], update["pairs"]) == (2, 2, 8)
+    learned = [(8, True, True)] * 2  # twice the batch, because of guidance
+    assert calls[0] == 4 * ([(8, False, True)] * 2 + learned)  # recorded, warm-up, two repetitions
+    assert calls[1] == 3 * ([(8, False, False)] * 2 + learned)
+    assert update["optimizer_steps"] == 1  # of 2 images of 5 steps, the training's
 
     for row in (sampling, update):
         ms = 1e3 * median(row["seconds"]) / row["calls"]
         bare = 1e3 * median(row["floor_seconds"]) / row["calls"]
-        assert row["ms_per_call"] == pytest.approx(ms)
-        assert row["floor_ms_per_call"] == pytest.approx(bare)
-        assert row["ratio"] == pytest.approx(ms / bare)
-        pairs = zip(row["seconds"], row["floor_seconds"], strict=True)
-        ratios = [ours / bare for ours, bare in pairs]
-        assert [row["ratio_min"], row["ratio_max"]] == [min(ratios), max(ratios)]
-        assert len(ratios) == 2
-    made = {"sampling": 3 * 2 / 5, "update": 12, "decode": 3, "reward": 3}
+        ratios = [a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)]
+        expected = [ms, bare, ms / bare, min(ratios), max(ratios)]
+        found = "ms_per_call floor_ms_per_call ratio ratio_min ratio_max".split()
+        assert [row[name] for name in found] == pytest.approx(expected) and len(ratios) == 2
+    made = {"sampling": 4 * 2 / 5, "update": 8, "decode": 4, "reward": 4}
     for name, row in phases.items():
         assert row["per_second"] == pytest.approx(made[name] / median(row["seconds"]))
         assert row["peak_gb"] is None
@@ -94,74 +87,67 @@ def test_the_numbers_follow_from_the_times_and_the_calls_are_those_made(
     times["update"] *= 5  # pairs of an image
     shares = [row["share"] for row in phases.values()]
     assert shares == pytest.approx([t / sum(times.values()) for t in times.values()])
-    assert (result["sample_batch"], result["micro_batch"]) == (3, 4)
-    assert (result["lora_rank"], result["dtype"]) == (4, "float32")
+    said = (result["images"], result["batch_size"], result["lora_rank"], result["dtype"])
+    assert said == (4, 4, 4, "float32")
 
     out = capsys.readouterr().out
     table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in table] == ["| phase", *("| " + name for name in names)]
     ratio = "{ratio:.3f} ({ratio_min:.3f}..{ratio_max:.3f})".format(**update)
     ms = [f"{update['ms_per_call']:.2f}", f"{update['floor_ms_per_call']:.2f}"]
-    assert table[2][1:6] == ["3", *ms, ratio, f"{update['per_second']:.4g}"]
+    assert table[2][1:6] == ["2", *ms, ratio, f"{update['per_second']:.4g}"]
     assert table[3][1:5] == ["-"] * 4 and all(row[-1] == "- |" for row in table[1:])
 
 
-def test_the_last_call_may_be_smaller_and_optimizer_steps_are_as_in_training(
-    tiniest_model, tmp_path, monkeypatch
-):
-    phase, floor = spy_on_network(monkeypatch)
-    flags = ("--guidance-scale=1", "--sample-batch=6", "--measure-steps=5", "--micro-batch=7")
-    result = bench(tiniest_model, tmp_path / "b.json", *flags)
+def test_images_count_twice_and_the_last_call_may_be_smaller(calls, tiniest_model, tmp_path):
+    """Two calls of 4 pairs are wanted, of 3 images with 2 of 5 steps: the images count twice. Then
+    calls of 7, all steps, and as many optimizer steps as an epoch has."""
+    how = {"guidance_scale": 1.0, "images_per_epoch": 3, "updates_per_epoch": 1}
+    update = bench(tiniest_model, tmp_path / "b.json", **how)["phases"]["update"]
+    assert (update["pairs"], update["optimizer_steps"]) == (12, 1)
+    how = {"guidance_scale": 1.0, "batch_size": 7}
+    result = bench(tiniest_model, tmp_path / "c.json", "--measure-steps=5", **how)
     update = result["phases"]["update"]
-    assert (update["pairs"], update["optimizer_steps"]) == (30, 2)  # an epoch's
-    learned = [(n, True, True) for n in (7, 7, 1) * 2]
-    assert [call for call in phase if call[1]] == 3 * learned  # recorded, warm-up, once
-    assert [call for call in floor if call[1]] == 2 * learned
+    assert (result["images"], update["pairs"], update["optimizer_steps"]) == (6, 30, 2)
+    expected = 3 * [(4, True, True)] * 3 + 3 * [(n, True, True) for n in (7, 7, 1) * 2]
+    assert [call for call in calls[0] if call[1]] == expected  # recorded, warm-up, once
+    assert len([call for call in calls[1] if call[1]]) == len(expected) / 3 * 2
 
 
 def same_calls(phase, floor):
     """Whether a floor's calls are a phase's, but for the LoRA: once to be recorded, to warm up, and
     to be timed."""
     once = [call[:2] for call in floor[: len(floor) // 2]]
-    calls = [call[:2] for call in phase]
-    return bool(once) and calls == once * 3
+    return bool(once) and [call[:2] for call in phase] == once * 3
 
 
-@pytest.mark.parametrize("flags", [
-    ["--precision=bf16"],
-    ["--lora-rank=0"],
-    ["--kl-coef=0.1", "--objective=reinforce", "--updates-per-epoch=1"],
-    ["--reward=incompressibility"],
+@pytest.mark.parametrize("settings", [
+    {"precision": "bf16"},
+    {"lora_rank": 0},
+    {"kl_coef": 0.1, "objective": "reinforce", "updates_per_epoch": 1},
+    {"guidance_scale": 3.0, "reward": "incompressibility"},  # of a model of pixels
 ])  # fmt: skip
-def test_every_kind_of_training(flags, tiniest_model, tmp_path, monkeypatch):
+def test_every_kind_of_training(settings, calls, tiniest_model, tmp_path):
     model = tiniest_model
-    if "--reward=incompressibility" in flags:
-        model = tmp_path / "model"
-        save_tiny_pixels(model)
-    phase, floor = spy_on_network(monkeypatch)
-    result = bench(model, tmp_path / "b.json", "--measure-steps=1", *flags)
-    assert all(math.isfinite(row["per_second"]) for row in result["phases"].values())
-    assert same_calls(phase, floor)
-    assert result["phases"]["update"]["skipped"] == 0
+    if "reward" in settings:
+        model = save_tiny_pixels(tmp_path / "model")
+    result = bench(model, tmp_path / "b.json", "--measure-steps=1", **settings)
+    assert all(0 < row["per_second"] < 1e9 for row in result["phases"].values())
+    assert same_calls(*calls) and result["phases"]["update"]["skipped"] == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # without and with autocast
 def test_the_gradient_of_the_floor_is_that_of_the_mean_square_of_the_prediction(
     precision, tiniest_model
 ):
-    how = {"device": "cpu", "precision": precision, "guidance_scale": 3.0}
-    torch.manual_seed(0)
-    policy = ddpo.Policy(ddpo.Settings(model=tiniest_model, **how), torch.device("cpu"))
-    x = torch.randn(2, *policy.latent_shape)
+    policy, _ = make_policy(tiniest_model, precision=precision)
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     inputs = (x, torch.tensor([10, 700]), policy.encode(["cat", "bee"]))
     eps, calls = benchmark.record(policy, policy.predict, *inputs)
     expected = torch.autograd.grad(eps.square().mean(), policy.weights)
     benchmark.floor(policy, calls)
     torch.testing.assert_close([w.grad for w in policy.weights], list(expected))
     assert ddpo.LoRALinear.on and [call[3] for call in calls] == [precision == "bf16"]
-
-
-# ---------------------------------------------------- the published models
 
 
 @pytest.mark.parametrize("arch, unet, text", [
@@ -179,77 +165,60 @@ def test_the_published_models_have_the_published_number_of_weights(arch, unet, t
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sdxl"])
-def test_a_random_model_goes_through_all_phases(arch, tmp_path, monkeypatch, capfd):
-    """The same code with few channels."""
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
+def test_a_random_model_goes_through_all_phases(arch, calls, tmp_path, monkeypatch, capfd):
+    """The same code with few channels, and the settings of the flags for such a model."""
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2}  # fmt: skip
     unet = {**benchmark.UNETS[arch], "sample_size": 8, "attention_head_dim": 2}
-    unet["layers_per_block"] = 1
+    unet |= {"layers_per_block": 1, "cross_attention_dim": 32}
     unet["block_out_channels"] = (32,) * len(unet["block_out_channels"])
-    unet["cross_attention_dim"] = 32
     if arch == "sdxl":
-        unet["cross_attention_dim"] = 64
-        unet["transformer_layers_per_block"] = 1
-        unet["projection_class_embeddings_input_dim"] = 6 * 256 + 32
+        unet |= {"cross_attention_dim": 64, "transformer_layers_per_block": 1,
+                 "projection_class_embeddings_input_dim": 6 * 256 + 32}  # fmt: skip
     monkeypatch.setitem(benchmark.UNETS, arch, unet)
     vae = {"block_out_channels": (32,) * 4, "layers_per_block": 1}
     monkeypatch.setattr(benchmark, "VAE", {**benchmark.VAE, **vae})
     monkeypatch.setattr(benchmark, "CLIP_L", text)
     monkeypatch.setattr(benchmark, "CLIP_G", {**text, "projection_dim": 32})
     monkeypatch.chdir(tmp_path)
-    phase, floor = spy_on_network(monkeypatch)
-    short = ["--measure-steps=1", "--repeats=1", "--json=b.json"]
-    short += ["--sample-batch=2", "--micro-batch=2"]
-    benchmark.main([*SMALL, *short, f"--arch={arch}"])
+    short = ["--measure-steps=1", "--repeats=1", "--images-per-epoch=8", "--batch-size=2"]
+    benchmark.main([f"--arch={arch}", "--device=cpu", *short])
     out, err = capfd.readouterr()
     what = "random weights, latents 4 x 8 x 8, guidance 5.0, LoRA of rank 4"
     assert f"model    {arch}, {what}" in out and not err
-    assert same_calls(phase, floor)
-    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
-
-
-# ---------------------------------------------------- mistakes
+    assert same_calls(*calls) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("argv, said", [
     ("--repeats 0", "benchmark.py: error: --repeats and --measure-steps must be at least 1"),
-    ("--measure-steps 0", "benchmark.py: error: --repeats and --measure-steps must be at least 1"),
     ("--arch sd3", "benchmark.py: error: argument --arch: invalid choice: 'sd3'"),
     ("--arch sd15 --model x", "benchmark.py: error: argument --model: not allowed with"),
-    ("--model .", "benchmark.py: error: --model ."),
+    ("--model . --steps 5", "benchmark.py: error: --model ."),
     ("--steps 1001", "benchmark.py: error: .*1001"),
     ("--reward beauty", "benchmark.py: error: --reward beauty"),
-    ("--device tpu", "benchmark.py: error: device tpu: not on this machine"),
-    ("--steps 0", "benchmark.py: error: .*steps must be at least 1"),
+    ("--steps 0", "benchmark.py: error: steps must be finite"),
     ("--repeat 3", "ddpo.py: error: unrecognized arguments: --repeat 3"),
     ("--min-std 0.99", "benchmark.py: error: .*--min-std"),
     ("--json there.json", "benchmark.py: error: --json there.json: name a new file"),
     ("--json gone/b.json", "benchmark.py: error: --json gone/b.json: name a new file"),
-    ("--resume run", "benchmark.py: error: --resume"),
+    ("--resume RUN", "benchmark.py: error: --resume"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line_before_anything_is_timed(
     argv, said, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("there.json").write_text("mine")
-    Path("run").mkdir()
-    Path("run/config.json").write_text("{}")
-    too_late = "sampled before the mistake was found"
-    monkeypatch.setattr(ddpo, "rollout", lambda *args: pytest.fail(too_late))
+    must_not_sample(monkeypatch)
     with pytest.raises(SystemExit) as end:
         benchmark.main(argv.split())
     err = capsys.readouterr().err + (end.value.code if isinstance(end.value.code, str) else "")
     assert end.value.code not in (0, None)
     assert err.count("error:") == 1 and re.search(said, err) and "Traceback" not in err
-    assert Path("there.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    assert Path("there.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("trouble, said", [
-    (torch.cuda.OutOfMemoryError, "error: out of GPU memory with --micro-batch 4"),
+    (torch.cuda.OutOfMemoryError, "error: out of GPU memory with --batch-size 4"),
     (KeyboardInterrupt, "stopped"),
 ])  # fmt: skip
 def test_trouble_on_the_way_ends_in_one_line_and_leaves_no_file(

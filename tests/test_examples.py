@@ -1,7 +1,9 @@
-"""Proves that the scripts which the README tells people to copy do what they say: pictures before
-and after, and curves; and that those which prove something look at what they should."""
+"""Proves that the scripts which the README tells people to copy do what they say: rewards, pictures
+before and after, curves, files of flags; and that those which prove something look at what they
+should."""
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw, flags, make_policy, save_tiny_pixels
+from conftest import LORA, draw, flags, make_policy, save_tiny_pixels
 from PIL import Image
 
 import ddpo
 import rewards
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-LORA = "pytorch_lora_weights.safetensors"
+EXAMPLES = ddpo.EXAMPLES
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "experiments")]
+import my_reward  # noqa: E402
 
 
 def run_script(name, monkeypatch, *argv):
@@ -27,11 +29,51 @@ def run_script(name, monkeypatch, *argv):
     return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-# ---------------------------------------------------- generate.py
+def test_links_are_to_what_is_there():
+    for readme in (EXAMPLES / "README.md", EXAMPLES / "experiments/README.md"):
+        links = re.findall(r"\]\(([^)]+)\)", readme.read_text(encoding="utf-8"))
+        links = [link.partition("#") for link in links if "://" not in link]
+        assert len(links) > 9
+        for file, _, section in links:
+            target = readme.parent / file if file else readme
+            assert target.exists(), file
+            text = target.read_text(encoding="utf-8") if section else ""
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            known = [re.sub(r"[^\w -]", "", name).lower().replace(" ", "-") for name in headings]
+            assert not section or section in known, section
+
+
+@pytest.mark.parametrize("path", [*EXAMPLES.glob("*.flags")], ids=lambda path: path.stem)
+def test_flags_are_those_of_ddpo_and_differ_in_what_the_model_needs(path):
+    settings, _ = ddpo.parse([f"@{path}"])
+    common, _ = ddpo.parse([f"@{EXAMPLES / 'stable-diffusion.flags'}"])
+    other = {k for k, v in vars(settings).items() if v != vars(common)[k]}
+    assert other <= {"model", "batch_size", "save_memory", "guidance_scale"}
+
+
+def test_diversity_is_the_mean_distance_to_the_others_of_the_prompt():
+    images = torch.rand(6, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    images[4] = images[1] + 1e-4  # nearly alike
+    prompts = ["cat", "bee", "cat", "ant", "bee", "cat"]
+    expected = []
+    for i in range(6):
+        distances = []
+        for j in range(6):
+            if i != j and prompts[i] == prompts[j]:
+                squares = [(a - b) ** 2 for a, b in zip(*images[[i, j]].flatten(1).tolist())]
+                distances.append((sum(squares) / 60) ** 0.5)
+        expected.append(sum(distances) / len(distances) if distances else 0)
+    found = my_reward.diversity(images, prompts)
+    assert found.tolist() == pytest.approx(expected, rel=1e-3) and found[3] == 0
+    mine = EXAMPLES / "my_reward.py"
+    terms = rewards.load_rewards(f"{mine}:redness + 2*{mine}:diversity", "compressibility")
+    scores = ddpo.score(terms, images, prompts)
+    assert [label for label, _, _ in terms] == ["redness", "diversity", "compressibility"]
+    torch.testing.assert_close(scores[:, 0], my_reward.redness(images, prompts) + 2 * found)
 
 
 def write_config(run, model, **settings):
-    config = {"model": str(model), "steps": 2, "guidance_scale": 2.0, "eta": 0.5, **settings}
+    config = {"model": str(model), "steps": 2, "guidance_scale": 2.0, **settings}
     (run / "config.json").write_text(json.dumps(config))
     return config
 
@@ -42,19 +84,16 @@ def sampled_in_training(policy, prompts, seed):
 
 
 @pytest.mark.parametrize("rank", [4, 0])
-def test_generate_draws_as_training_does_before_and_after(
-    rank, tiniest_model, tmp_path, monkeypatch
-):
+def test_generate_draws_before_and_after_as_in_training(rank, tiniest_model, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     config = write_config(tmp_path, tiniest_model)
     policy, _ = make_policy(lora_scale=0.5, lora_rank=rank, **config)
     prompts = ["cat", "bee", "ant"]
-    if rank:
-        ddpo.save_lora(policy.unet, tmp_path / LORA)
-        with ddpo.without_lora():
-            before = sampled_in_training(policy, prompts, 4)
-    else:
+    with ddpo.without_lora():
         before = sampled_in_training(policy, prompts, 4)
+    if rank:
+        ddpo.save_lora(policy, tmp_path / LORA)
+    else:
         torch.manual_seed(0)
         for weight in policy.weights:
             weight.data += 0.02 * torch.randn_like(weight)
@@ -67,40 +106,39 @@ def test_generate_draws_as_training_does_before_and_after(
     assert (before != after).mean() > 0.1
 
 
-@pytest.mark.parametrize("what", ["no run", "no LoRA", "no model", "no prompts"])
-def test_generate_says_in_a_line_what_it_cannot_draw(what, tiniest_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what, said", [
+    ("no run", "config.json"),
+    ("no LoRA", LORA),  # of the bundled model, by its short name
+    ("no model", "gone/model"),
+    ("no prompts", "pixels draws without prompts"),
+])  # fmt: skip
+def test_generate_says_in_a_line_what_it_cannot_draw(what, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if what == "no LoRA":
-        pytest.importorskip("peft")  # diffusers asks for it before it looks for the file
-        write_config(tmp_path, tiniest_model)
-    if what == "no model":
-        write_config(tmp_path, "gone/model")
-    if what == "no prompts":
-        write_config(tmp_path, "pixels")
-        save_tiny_pixels("pixels")
+    pytest.importorskip("peft")  # diffusers asks for it before it looks for the file
+    models = {"no LoRA": ddpo.Settings.model, "no model": "gone/model", "no prompts": "pixels"}
+    save_tiny_pixels(Path("pixels"))
+    if what in models:
+        write_config(tmp_path, models[what])
     with pytest.raises(SystemExit) as end:
-        run_script("generate.py", monkeypatch, tmp_path)
-    names = {"no run": "config.json", "no LoRA": LORA, "no model": "gone/model",
-             "no prompts": "pixels draws without prompts"}  # fmt: skip
-    assert end.value.code.startswith("generate.py: error: ") and names[what] in end.value.code
+        run_script("generate.py", monkeypatch, tmp_path, "--prompts", "cat")
+    assert end.value.code.startswith("generate.py: error: ") and said in end.value.code
     assert "\n" not in end.value.code and not Path("generated.png").exists()
 
 
-# ---------------------------------------------------- plot.py
-
-
-def write_run(run, reward, **config):
+def write_run(run, reward, update="update", place="/here", **config):
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"out": str(run), "lr": 0.1, **config}))
-    rows = ["epoch,queries,reward_mean,kl,diversity", "0,0,,,"]
-    rows += [f"1,64,{reward},0,1", f"2,128,{2 * reward},5,0.9"]
-    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    made_with = {"update": update, "place": place}
+    config = {"out": str(run), "lr": 0.1, "made_with": made_with, **config}
+    (run / "config.json").write_text(json.dumps(config))
+    rows = ["epoch,queries,reward_mean,kl,diversity,changed", "0,0,,,,"]
+    rows += [f"1,64,{reward},0,,", f"2,128,{2 * reward},5,,a text", ""]
+    (run / "metrics.csv").write_text("\n".join(rows))
     return run
 
 
 @pytest.fixture
 def plotted(tmp_path, monkeypatch):
-    """A function that runs plot.py; returns its first panel, and its curves by their labels."""
+    """A function that runs plot.py; returns its panels, and the curves of the first by label."""
     pytest.importorskip("matplotlib")
     from matplotlib import pyplot as plt
 
@@ -108,9 +146,8 @@ def plotted(tmp_path, monkeypatch):
         out = tmp_path / "curves.png"
         run_script("plot.py", monkeypatch, *argv, "--out", out)
         assert out.stat().st_size > 5_000
-        axis = plt.gcf().axes[0]
-        lines = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
-        return axis, lines
+        axes = plt.gcf().axes
+        return axes, {line.get_label(): line.get_xydata().tolist() for line in axes[0].get_lines()}
 
     yield plotted
     plt.close("all")
@@ -118,47 +155,78 @@ def plotted(tmp_path, monkeypatch):
 
 def test_plot_shows_the_mean_and_range_of_seeds(plotted, tmp_path, capsys):
     a = write_run(tmp_path / "a", 1.0, objective="clipped", seed=0)
-    b = write_run(tmp_path / "b", 3.0, objective="clipped", seed=1)
+    b = write_run(tmp_path / "b", 3.0, objective="clipped", seed=1, place="/there")
     c = write_run(tmp_path / "c", 9.0, objective="reinforce", seed=0)
-    axis, lines = plotted(a, b, c)
+    d = write_run(tmp_path / "d", 5.0, objective="clipped", seed=0, update="forward_update")
+    axes, lines = plotted(a, b, c, d)
     assert lines == {
-        "objective clipped (2 seeds)": [[64, 2], [128, 4]],
-        "objective reinforce": [[64, 9], [128, 18]],
+        "objective clipped, update update (2 seeds)": [[64, 2], [128, 4]],
+        "objective reinforce, update update": [[64, 9], [128, 18]],
+        "objective clipped, update forward_update": [[64, 5], [128, 10]],
     }
-    band = axis.collections[0].get_paths()[0].vertices.tolist()
+    band = axes[0].collections[0].get_paths()[0].vertices.tolist()
     assert {tuple(point) for point in band} == {(64, 1), (64, 3), (128, 2), (128, 6)}
     assert f"saved {tmp_path / 'curves.png'}" in capsys.readouterr().out
-    axis, lines = plotted(a, "--columns", "diversity")
-    assert axis.get_ylabel() == "diversity" and lines == {"a": [[64, 1], [128, 0.9]]}
+    titles = [axis.get_ylabel() for axis in axes]
+    assert titles == ["reward", "KL to the pretrained model, nats"]  # no run has diversity
+    _, lines = plotted(a, "--columns", "kl")
+    assert lines == {"a": [[64, 0], [128, 5]]}
+    e = write_run(tmp_path / "e", 1.0, objective="clipped", seed=0)  # as `a`: not several seeds
+    _, lines = plotted(a, e)
+    assert lines == {str(run): [[64, 1], [128, 2]] for run in (a, e)}
 
 
-def test_plot_does_not_call_runs_of_one_seed_several(plotted, tmp_path):
-    runs = [write_run(tmp_path / name, 1.0, seed=0) for name in "ab"]
-    _, lines = plotted(*runs)
-    assert lines == {str(run): [[64, 1], [128, 2]] for run in runs}
+def test_a_gif_shows_the_evaluations_in_their_order(tmp_path, monkeypatch):
+    """Each picture after the first repeats it above its own row, which is what is shown."""
+    run = write_run(tmp_path / "run", 1.0)
+    rows = ["epoch,eval_reward", "0,-2.0", "1,", "2,-1.5", "4,-1.0"]
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    for epoch, colour in [(0, (1, 0, 0)), (2, (0, 1, 0)), (4, (0, 0, 1))]:
+        images = torch.tensor(colour).view(1, 3, 1, 1).expand(3, 3, 64, 64)
+        ddpo.save_pictures(images, ["cat"] * 3, run / f"samples/epoch_{epoch:04d}.png")
+    run_script("plot.py", monkeypatch, "--gif", run)
+    with Image.open(run / "run.gif") as gif:
+        assert gif.n_frames == 3 and gif.info["loop"] == 0
+        seen = []
+        for frame in range(3):
+            gif.seek(frame)
+            pixels = [gif.convert("RGB").getpixel(at) for at in ((70, 21), (70, 23), (70, 200))]
+            seen.append((*pixels, gif.info["duration"]))
+        assert gif.size == (2 * 144, 20 + 2 * 160)
+    white, red, green, blue = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    assert seen == [(white, red, red, 600), (white, green, green, 600), (white, blue, blue, 2000)]
 
 
-# ---------------------------------------------------- kill_resume.py, overoptimisation.py
+@pytest.mark.parametrize("argv, said", [
+    ("run --gif", "run has no pictures of evaluations"),
+    ("run run --gif", "--gif takes one run"),
+    ("run gone", "gone has no metrics.csv: name the folder of a run"),
+    ("run --columns kl beauty", "no run has numbers in a column beauty"),
+    ("run --columns changed", "no run has numbers in a column changed"),
+])  # fmt: skip
+def test_what_cannot_be_plotted_is_one_line(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("run"), 1.0)
+    with pytest.raises(SystemExit) as end:
+        run_script("plot.py", monkeypatch, *argv.split())
+    assert end.value.code == 2 and capsys.readouterr().err == f"plot.py: error: {said}\n"
 
 
 def test_kill_resume_sees_every_difference_but_the_seconds(tiniest_model, tmp_path):
     import kill_resume
 
+    ddpo.parse(kill_resume.FLAGS)  # which are there
     run = tmp_path / "run"
     ddpo.main(flags(tiniest_model, out=run, epochs=1))
     expected = kill_resume.contents(run)
-    assert set(expected) == {
-        "config.json", "metrics.csv", "state.pt", LORA,
-        "samples/epoch_0000.png", "samples/epoch_0001.png",
-    }  # fmt: skip
-    other = tmp_path / "other"
-    shutil.copytree(run, other)
+    pictures = {f"samples/epoch_000{epoch}.png" for epoch in (0, 1)}
+    assert set(expected) == {"config.json", "metrics.csv", "state.pt", LORA, *pictures}
+    other = shutil.copytree(run, tmp_path / "other")
     state = torch.load(other / "state.pt", weights_only=True)
     state["log"][-1]["seconds"] += 1
     torch.save(state, other / "state.pt")
     assert kill_resume.contents(other) == expected
-    moments = state["optimizer"]["state"][0]
-    moments["exp_avg"].view(-1)[0] += 1e-6
+    state["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1e-6
     torch.save(state, other / "state.pt")
     found = kill_resume.contents(other)
     assert [name for name in expected if found[name] != expected[name]] == ["state.pt"]
@@ -178,46 +246,19 @@ def test_overoptimisation_goes_on_without_the_limit(tmp_path, monkeypatch):
     def run(command, **options):
         settings, resumed = ddpo.parse(command[2:])
         parsed.append((settings, resumed))
-        folder = Path(resumed or settings.out)
+        folder = resumed or Path(settings.out)
         folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(vars(settings)))
-        (folder / "metrics.csv").write_text("epoch,kl\n0,\n1,1\n2,501\n")
+        config = {**vars(settings), "made_with": {"place": str(EXAMPLES.parent)}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "metrics.csv").write_text("epoch,kl,changed\n0,,\n1,1,\n2,501,a text\n")
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.chdir(EXAMPLES.parent)
     (tmp_path / "copy").mkdir()
     overoptimisation.train(tmp_path, 1, 80)
     (held, new), (free, resumed) = parsed
-    assert new is None and resumed == str(tmp_path / "free-1")
+    assert new is None and resumed == tmp_path / "free-1"
     assert (held.reward, held.kl_stop, held.seed, held.epochs) == ("incompressibility", 500, 1, 80)
     assert vars(free) == {**vars(held), "kl_stop": 0.0}
-
-
-def test_a_gif_shows_the_evaluations_in_their_order(tmp_path, monkeypatch):
-    """Each picture after the first repeats it above its own row, which is what is shown."""
-    run = tmp_path / "run"
-    (run / "samples").mkdir(parents=True)
-    rows = ["epoch,eval_reward", "0,-2.0", "1,", "2,-1.5", "4,-1.0"]
-    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
-    for epoch, colour in [(0, (1, 0, 0)), (2, (0, 1, 0)), (4, (0, 0, 1))]:
-        images = torch.tensor(colour).view(1, 3, 1, 1).expand(3, 3, 64, 64)
-        ddpo.save_pictures(images, ["cat"] * 3, run / f"samples/epoch_{epoch:04d}.png")
-    run_script("plot.py", monkeypatch, "--gif", run)
-    with Image.open(run / "run.gif") as gif:
-        assert gif.n_frames == 3 and gif.info["loop"] == 0
-        seen = []
-        for frame in range(3):
-            gif.seek(frame)
-            pixels = [gif.convert("RGB").getpixel(at) for at in ((70, 21), (70, 23), (70, 200))]
-            seen.append((*pixels, gif.info["duration"]))
-        assert gif.size == (2 * 144, 20 + 2 * 160)
-    white, red, green, blue = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    assert seen == [(white, red, red, 600), (white, green, green, 600), (white, blue, blue, 2000)]
-
-
-def test_a_run_without_pictures_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "metrics.csv").write_text("epoch,eval_reward\n0,-2.0\n")
-    with pytest.raises(SystemExit, match="no pictures of evaluations"):
-        run_script("plot.py", monkeypatch, "--gif", tmp_path)
-    with pytest.raises(SystemExit, match="no metrics.csv"):
-        run_script("plot.py", monkeypatch, "--gif", tmp_path / "gone")
+    terms = rewards.load_rewards(held.reward, held.monitor)
+    assert [label for label, _, _ in terms[1:]] == [overoptimisation.MONITOR, "diversity"]

@@ -2,48 +2,38 @@
 their gradients are the advantage times that of diffusers' own denoising loss; away from them each
 is its paper's. And that one update learns from the pairs that it should, and learns."""
 
+import itertools
 import json
 import math
 import runpy
 import sys
 from dataclasses import replace
-from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from conftest import flags, make_policy, read_metrics, save_tiny_pipeline, small_run
+from conftest import flags, flat, make_policy, read_metrics, save_tiny_pipeline, small_run
 from diffusers import DDPMScheduler
 
 import ddpo
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(ddpo.EXAMPLES))
 import forward
 
-PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+AT_OLD = ["awm", "nft", "pepg"]  # the methods that look back at the network that sampled
 
 
-# ---------------------------------------------------- each method's formula
-
-
-def test_rwr_weights_are_the_softmax_with_mean_1():
-    adv = torch.tensor([-3.0, 0.5, 2.0, 0.5])
-    exps = [math.exp(0.2 * a) for a in adv.tolist()]
-    expected = torch.tensor([4 * e / sum(exps) for e in exps])
-    torch.testing.assert_close(forward.rwr_weights(adv, 0.2, 1.0), expected)
-    far = forward.rwr_weights(adv - 1e4, 0.2, 1.0)
-    torch.testing.assert_close(far, expected, rtol=1e-3, atol=0)  # no overflow
-    assert forward.rwr_weights(adv, 0.0, 1.0).tolist() == [1, 1, 1, 1]
-
-
-def test_sparse_weights_keep_the_best_tenth_and_what_equals_it():
-    adv = torch.randperm(40, generator=torch.Generator().manual_seed(0)).float()
-    weights = forward.rwr_weights(adv, 0.0, 0.1)
-    assert adv[weights > 0].sort().values.tolist() == [36, 37, 38, 39]
-    torch.testing.assert_close(weights[weights > 0], torch.full((4,), 10.0))
-    tied = torch.tensor([0.0, 1, 1, 1, 0, 0, 0, 0, 0, 0])
-    torch.testing.assert_close(forward.rwr_weights(tied, 0.0, 0.1), tied * 10 / 3)
-    alike = forward.rwr_weights(torch.full((7,), 0.3), 0.0, 0.1)
-    torch.testing.assert_close(alike, torch.ones(7))
+@pytest.mark.parametrize("adv, inverse_temperature, keep, weights", [
+    ([-3.0, 0.5, 2.0, 0.5], 0.0, 1.0, [1.0, 1.0, 1.0, 1.0]),
+    ([0.0, 1.0, -1e4, 1.0], math.log(2), 1.0, [0.8, 1.6, 0.0, 1.6]),  # no overflow
+    ([5.0, *range(-18, 0), 9.0], 0.0, 0.1, [10.0, *[0.0] * 18, 10.0]),  # the best two of 20
+    ([0.0, 1, 1, 1, 0, 0, 0, 0, 0, 0], 0.0, 0.1, [0, *[10 / 3] * 3, 0, 0, 0, 0, 0, 0]),  # as good
+])  # fmt: skip
+def test_rwr_weights_are_the_softmax_of_the_best_with_mean_1(
+    adv, inverse_temperature, keep, weights
+):
+    found = forward.rwr_weights(torch.tensor(adv), inverse_temperature, keep)
+    torch.testing.assert_close(found, torch.tensor(weights))
 
 
 def vectors(count):
@@ -58,30 +48,26 @@ def gradient(loss, pred, *args):
 def test_nft_at_no_advantage_is_a_spring_to_old():
     """5 beta mean (theta - old)^2, over the mean size of the error. These vectors are such that
     both halves of the loss have errors of the same size, which makes that exact."""
-    beta, sigma, none = 0.4, torch.tensor([0.7]), torch.zeros(1)
     off, step, target = vectors(3)
     off = torch.cat([off, off], 1)
     step = torch.cat([step, -step], 1)
-    target = torch.cat([target, target], 1)
-    old = target + off
-    assert not gradient(forward.nft_loss, old, old, target, none, sigma, beta).any()
-    size = (off + beta * step).abs().mean()
-    grad = gradient(forward.nft_loss, old + step, old, target, none, sigma, beta)
-    spring = gradient(lambda pred: 5 * beta * ((pred - old) ** 2).mean(), old + step)
-    torch.testing.assert_close(grad, spring * sigma / size)
+    old = off + torch.cat([target, target], 1)
+    how = (old, old - off, torch.zeros(1), torch.tensor([0.7]), 0.4)  # sigma, beta
+    assert not gradient(forward.nft_loss, old, *how).any()
+    grad = gradient(forward.nft_loss, old + step, *how)
+    spring = gradient(lambda pred: 5 * 0.4 * ((pred - old) ** 2).mean(), old + step)
+    torch.testing.assert_close(grad, spring * 0.7 / (off + 0.4 * step).abs().mean())
 
 
 def test_nft_goes_along_the_error_as_far_as_1_over_beta():
-    """In that direction there is no spring, for an error divided by its own size does not change.
-    Instead theta is stopped at the target, or where its opposite is there, if the image is bad."""
+    """There is no spring, for an error divided by its own size does not change. Theta is stopped at
+    the target, or where its opposite is there, if the image is bad."""
     old, target = vectors(2)
-    beta = 0.5
 
     def slope(along, adv):
         pred = old + along * (old - target)
-        adv = torch.tensor([adv])
-        grad = gradient(forward.nft_loss, pred, old, target, adv, torch.ones(1), beta)
-        return (grad * (old - target)).sum().item()
+        how = (old, target, torch.tensor([adv]), torch.ones(1), 0.5)
+        return (gradient(forward.nft_loss, pred, *how) * (old - target)).sum().item()
 
     assert slope(0.9, 0.0) == pytest.approx(0, abs=1e-5)
     start = slope(0.0, 2.0)
@@ -116,66 +102,61 @@ def test_awm_has_the_ratio_of_its_own_likelihood():
     torch.testing.assert_close(loss, 2 / 5 * (logp(pred) - logp(old)).exp())
 
 
-# ---------------------------------------------------- against plain diffusers
+KINDS = ["epsilon", "v_prediction", "sample"]
+NAMES = ["cat", "bee", "dog", "ant", "cow", "fox"]
+ADV = torch.tensor([2.0, -1.0, 0.5, 0.5, -3.0, 1.0])
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """A policy for each kind of prediction, with guidance."""
     policies = {}
-    for kind in PREDICTIONS:
+    for kind in KINDS:
         model = save_tiny_pipeline(tmp_path_factory.mktemp(kind), prediction_type=kind)
         policies[kind], _ = make_policy(model, guidance_scale=3.0)
-        policies[kind].encode(["cat", "bee", "dog", "ant", "cow", "fox"])
+        policies[kind].encode(NAMES)  # so that their rows follow each other
     return policies
 
 
-@pytest.fixture(params=PREDICTIONS)
-def any_policy(request, loaded):
+@pytest.fixture(params=["epsilon"])  # of most; others ask for all of KINDS
+def policy(request, loaded, monkeypatch):
+    monkeypatch.setattr(ddpo, "GRAD_CLIP", 1e9)
     return loaded[request.param]
-
-
-@pytest.fixture
-def policy(loaded):
-    return loaded["epsilon"]
 
 
 def make_run(policy, method, **own):
     """A Run whose steps are plain gradient descent, with a rate of 1."""
-    base = {"images_per_epoch": 6, "updates_per_epoch": 1, "grad_clip": 1e9, "weight_decay": 0.0}
-    run = ddpo.Run(forward.ForwardSettings(**{**base, **own}, method=method), policy)
+    own = {"images_per_epoch": 6, "updates_per_epoch": 1, "samples_per_prompt": 1, **own}
+    run = ddpo.Run(forward.ForwardSettings(method=method, **own), policy)
     run.optimizer = torch.optim.SGD(policy.weights, lr=1.0)
     return run
 
 
-ADV = [2.0, -1.0, 0.5, 0.5, -3.0, 1.0]
-
-
-def make_samples(policy, adv=ADV, cond=range(3, 9)):
-    """As ddpo.train hands them to an update, of another prompt each; of the trajectories only the
-    ends are to be read."""
+def make_samples(policy, adv=ADV, prompts=NAMES):
+    """As ddpo.train hands them to an update; of the trajectories only the ends are to be read."""
     x = torch.full((len(adv), 3, *policy.latent_shape), math.nan)
     x[:, -1] = torch.randn(x[:, -1].shape, generator=torch.Generator().manual_seed(1))
-    return x, None, torch.tensor(cond), torch.tensor(adv)
+    return ddpo.Samples(prompts, policy.encode(prompts), x, None, None, adv)
 
 
 def update(run, samples):
     """The step that an update takes from the weights, and its metrics; the weights are put back."""
-    weights = run.policy.weights
-    before = [w.detach().clone() for w in weights]
+    before = flat(run.policy.weights)
     out = forward.forward_update(run, samples, torch.Generator().manual_seed(0))
-    step = torch.cat([(b - w).detach().flatten() for b, w in zip(before, weights)])
-    for weight, old in zip(weights, before):
-        weight.data.copy_(old)
+    step = before - flat(run.policy.weights)
+    torch.nn.utils.vector_to_parameters(before, run.policy.weights)
     return step, out
 
 
 def gradient_of(loss, policy):
-    grads = torch.autograd.grad(loss, policy.weights, retain_graph=True)
-    return torch.cat([g.flatten() for g in grads])
+    return flat(torch.autograd.grad(loss, policy.weights, retain_graph=True))
 
 
-def plain_diffusers(policy, x_0, noise, t, cond):
+def close(step, expected):
+    return (step - expected).norm() < 1e-3 * expected.norm()
+
+
+def plain_diffusers(policy, x_0, noise, t, prompts):
     """x_t, the prediction with guidance and its target, without a line of ours."""
     scheduler = DDPMScheduler.from_config(policy.pipe.scheduler.config)  # not the policy's
     x_t = scheduler.add_noise(x_0, noise, t)
@@ -188,46 +169,39 @@ def plain_diffusers(policy, x_0, noise, t, cond):
         return policy.unet(x_t, t, encoder_hidden_states=context).sample
 
     without = output([""] * len(t))
-    with_prompt = output([policy.prompts[i] for i in cond])
-    pred = without + 3.0 * (with_prompt - without)
+    pred = without + 3.0 * (output(prompts) - without)
     return x_t, pred, targets[scheduler.config.prediction_type]
 
 
-def test_at_the_old_weights_gradients_are_the_advantage_times_that_of_the_error(any_policy):
+@pytest.mark.parametrize("policy", KINDS, indirect=True)
+def test_at_the_old_weights_gradients_are_the_advantage_times_that_of_the_error(policy):
     """For one pair, whatever the model predicts; the factors are those of the papers' formulas."""
-    policy = any_policy
     x_0, noise = torch.randn(2, 1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    t, cond = torch.tensor([600]), torch.tensor([3])
-    x_t, pred, target = plain_diffusers(policy, x_0, noise, t, cond)
+    t = torch.tensor([600])
+    x_t, pred, target = plain_diffusers(policy, x_0, noise, t, ["bee"])
     error = ((pred - target) ** 2).mean()
     plain = gradient_of(error, policy)
-    sigma = (1 - policy.pipe.scheduler.alphas_cumprod[600]).sqrt().item()
-    factors = {
-        "awm": 0.6 * error.item() ** -0.75 / 5,
-        "nft": sigma / (pred - target).abs().mean().item(),
-        "pepg": 0.1,
-    }
-    for method, factor in factors.items():
-        for adv in (2.0, -3.0):
-            settings = forward.ForwardSettings(method=method, beta=0.3)
-            pair = (x_t, t, cond, target, torch.tensor([adv]), pred.detach())
-            grad = gradient_of(forward.pair_loss(policy, settings, *pair).sum(), policy)
-            cosine = torch.cosine_similarity(grad, plain, 0).item()
-            assert cosine == pytest.approx(math.copysign(1, adv), abs=1e-5), method
-            assert (grad.norm() / plain.norm()).item() == pytest.approx(abs(adv) * factor, rel=1e-3)
+    sigma = (1 - policy.pipe.scheduler.alphas_cumprod[600]).sqrt()
+    factors = {"awm": 0.6 * error.detach() ** -0.75 / 5, "pepg": 0.1,
+               "nft": sigma / (pred - target).detach().abs().mean()}  # fmt: skip
+    for (method, factor), adv in itertools.product(factors.items(), (2.0, -3.0)):
+        settings = forward.ForwardSettings(method=method, beta=0.3)
+        pair = (x_t, t, policy.encode(["bee"]), target, torch.tensor([adv]), pred.detach())
+        grad = gradient_of(forward.pair_loss(policy, settings, *pair).sum(), policy)
+        assert close(grad, adv * factor * plain), (method, adv)
 
 
-def spy(policy, monkeypatch):
-    """A growing list of what the network is given: (x_t, t, cond)."""
-    seen = []
-    predict = policy.predict
+@pytest.fixture
+def network():
+    """A spy on what any policy's network is given."""
+    predict = ddpo.Policy.predict
+    with mock.patch.object(ddpo.Policy, "predict", autospec=True, side_effect=predict) as network:
+        yield network
 
-    def spied(*given):
-        seen.append(given)
-        return predict(*given)
 
-    monkeypatch.setattr(policy, "predict", spied)
-    return seen
+def seen(network):
+    """All x_t, t and cond."""
+    return map(torch.cat, zip(*(call.args[1:] for call in network.call_args_list)))
 
 
 def noise_in(x_t, x_0, t, policy):
@@ -235,215 +209,171 @@ def noise_in(x_t, x_0, t, policy):
     return (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
 
 
-def test_it_learns_from_the_denoising_error_of_the_finished_images(any_policy, monkeypatch):
+@pytest.mark.parametrize("policy", KINDS, indirect=True)
+def test_it_learns_from_the_denoising_error_of_the_finished_images(policy, network):
     """Of RWR with equal weights, the loss is its mean over K pairs of each image."""
-    policy = any_policy
     samples = make_samples(policy)
-    seen = spy(policy, monkeypatch)
     run = make_run(policy, "rwr", noise_levels=2, inverse_temperature=0.0)
     step, out = update(run, samples)
-    x_t, t, cond = map(torch.cat, zip(*seen))
-    assert cond.sort().values.tolist() == [3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8]
-    x_0 = samples[0][cond - 3, -1]
-    noise = noise_in(x_t, x_0, t, policy)
+    x_t, t, cond = seen(network)
+    image = cond - samples.cond[0]  # their prompts are encoded one after another
+    assert image.sort().values.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    noise = noise_in(x_t, samples.x[image, -1], t, policy)
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-    same, pred, target = plain_diffusers(policy, x_0, noise, t, cond)
+    prompts = [NAMES[i] for i in image]
+    same, pred, target = plain_diffusers(policy, samples.x[image, -1], noise, t, prompts)
     torch.testing.assert_close(same, x_t)
     error = ((pred - target) ** 2).mean()
-    assert out["loss"] == pytest.approx(error.item(), rel=1e-4)
-    expected = gradient_of(error, policy)
-    assert (step - expected).norm() < 1e-3 * expected.norm()
+    assert float(out["loss"]) == pytest.approx(error.item(), rel=1e-4)
+    assert close(step, gradient_of(error, policy))
 
 
-# ---------------------------------------------------- one update
+def test_times_are_stratified_and_cover_the_range_of_training():
+    times = forward.draw_times(18_000, 3, 900, torch.Generator().manual_seed(0))
+    assert (times // 300 == torch.tensor([0, 1, 2])).all()
+    counts = times.flatten().bincount()
+    assert len(counts) == 900 and (counts - 60).abs().max() < 5 * 60**0.5
 
 
-def test_the_images_of_a_group_share_noise_and_stratified_times(policy, monkeypatch):
+@pytest.mark.parametrize("group", [1, 2])
+def test_the_images_of_a_group_share_noise_and_times(group, policy, network):
     """With x_0 = 0 what the network sees is the noise, as large as its time says."""
-    x, _, _, adv = make_samples(policy)
-    samples = (0 * x.nan_to_num(), None, torch.tensor([3, 3, 3, 3, 4, 4]), adv)
-    seen = spy(policy, monkeypatch)
-    for group in (1, 2):
-        seen.clear()
-        own = {"noise_levels": 3, "inverse_temperature": 0.0, "samples_per_prompt": group}
-        update(make_run(policy, "rwr", **own), samples)
-        x_t, t, cond = map(torch.cat, zip(*seen))
-        assert (t * 3 // 1000).sort().values.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-        assert len(x_t.flatten(1).unique(dim=0)) == len(t.unique()) == 18 // group
-        assert len(t[cond == 3].unique()) == 12 // group  # two groups of one prompt do not share
+    samples = make_samples(policy, prompts=["cat"] * 4 + ["bee"] * 2)
+    samples.x = torch.zeros_like(samples.x)
+    own = {"noise_levels": 3, "inverse_temperature": 0.0, "samples_per_prompt": group}
+    update(make_run(policy, "rwr", **own), samples)
+    x_t, t, cond = seen(network)
+    assert len(t) == 18
+    assert len(x_t.flatten(1).unique(dim=0)) == len(t.unique()) == 18 // group
+    two_groups = cond == samples.cond[0]  # of one prompt: they do not share
+    assert len(t[two_groups].unique()) == 12 // group
 
 
-def test_times_cover_the_range_of_training(policy, monkeypatch):
-    count = 20_000
-    samples = (torch.zeros(count, 1, 1, 1, 1), None, torch.ones(count), torch.zeros(count))
-    times = []
-
-    def predict(x_t, t, cond):
-        times.append(t)
-        return x_t * policy.weights[0].sum()
-
-    monkeypatch.setattr(policy, "predict", predict)
-    monkeypatch.setattr(policy, "micro_batch", 100_000)
-    update(make_run(policy, "rwr", noise_levels=3, inverse_temperature=0.0), samples)
-    found = torch.cat(times).bincount()
-    assert len(found) == 1000 and found.sum() == 3 * count
-    assert (found - 60).abs().max() < 5 * 60**0.5
-
-
-@pytest.mark.parametrize("method", ["rwr", "awm", "nft", "pepg"])
-def test_the_gradient_is_the_mean_over_all_pairs(method, policy, monkeypatch):
+@pytest.mark.parametrize("method", ["rwr", *AT_OLD])
+def test_the_gradient_is_the_mean_over_all_pairs(method, policy, network, monkeypatch):
     """However it is added up; with advantages less their mean, or RWR's weights; and with a penalty
     on what the LoRA changes."""
-    ref_coef = 0.5 if method == "nft" else 0.0
     samples = make_samples(policy)
-    seen = spy(policy, monkeypatch)
-    own = {"noise_levels": 3, "beta": 0.5, "ref_coef": ref_coef}
+    own = {"noise_levels": 3, "beta": 0.5, "ref_coef": 0.5 if method == "awm" else 0.0}
     run = make_run(policy, method, **own)
     step, out = update(run, samples)
-    x_t, t, cond = [column[:18] for column in map(torch.cat, zip(*seen))]
-    adv = samples[3] - samples[3].mean()
-    if method == "rwr":
-        adv = 6 * adv.softmax(0)
-    target = noise_in(x_t, samples[0][cond - 3, -1], t, policy)
-    pairs = (x_t, t, cond, target, adv[cond - 3])
+    x_t, t, cond = [column[:18] for column in seen(network)]
+    image = cond - samples.cond[0]
+    adv = 6 * samples.adv.softmax(0) if method == "rwr" else samples.adv - samples.adv.mean()
+    target = noise_in(x_t, samples.x[image, -1], t, policy)
     with torch.no_grad():
-        old = policy.predict(*pairs[:3])
+        old = policy.predict(x_t, t, cond)
         with ddpo.without_lora():
-            ref = policy.predict(*pairs[:3])
+            ref = policy.predict(x_t, t, cond)
     settings = replace(run.settings, ref_coef=0.0)
-    loss = forward.pair_loss(policy, settings, *pairs, old).mean()
-    loss = loss + ref_coef * ((policy.predict(*pairs[:3]) - ref) ** 2).mean()
+    loss = forward.pair_loss(policy, settings, x_t, t, cond, target, adv[image], old).mean()
+    loss = loss + own["ref_coef"] * ((policy.predict(x_t, t, cond) - ref) ** 2).mean()
     expected = gradient_of(loss, policy)
-    assert (step - expected).norm() < 1e-3 * expected.norm()
-    assert out["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    assert close(step, expected) and out["skipped"] == 0
+    assert float(out["loss"]) == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
     assert out["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
-    assert out["skipped"] == 0
+    if method in ("nft", "pepg"):  # if all are alike, though an old memory calls them good
+        nothing, _ = update(run, make_samples(policy, torch.full((6,), 1.5)))
+        assert nothing.norm() < 1e-4 * step.norm()
 
-    # Two minibatches, none of which takes a step: each has its own mean.
-    def no_step():
-        steps.append(torch.cat([w.grad.flatten() for w in policy.weights]))
-        run.optimizer.zero_grad()
-        return 0.0
-
-    monkeypatch.setattr(policy, "micro_batch", 18)
-    steps = []
+    # Two minibatches, none of which takes a step: each has its own mean, and they add up.
+    monkeypatch.setattr(policy, "batch_size", 18)
     run = make_run(policy, method, **own, updates_per_epoch=2)
-    monkeypatch.setattr(run, "step", no_step)
+    monkeypatch.setattr(run, "step", lambda: 0.0)
     update(run, samples)
-    assert (sum(steps) / 2 - expected).norm() < 1e-3 * expected.norm() and len(steps) == 2
+    assert close(torch.cat([w.grad.flatten() for w in policy.weights]) / 2, expected)
+    run.optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("method", ["awm", "nft", "pepg"])
+@pytest.mark.parametrize("method", AT_OLD)
 def test_old_is_what_sampled_in_all_updates_of_an_epoch(method, policy, monkeypatch):
     """Each image is in one of the minibatches, with all its pairs."""
-    monkeypatch.setattr(policy, "micro_batch", 8)
+    monkeypatch.setattr(policy, "batch_size", 8)
     pair_loss = forward.pair_loss
-    seen = []
+    found = []
 
-    def spied(policy, settings, *pairs):
+    def spied(policy, settings, x_t, t, cond, target, adv, old):
         with torch.no_grad():
-            now = policy.predict(*pairs[:3])
-        seen.append((*pairs, now))
-        return pair_loss(policy, settings, *pairs)
+            found.append((x_t, t, cond, old, policy.predict(x_t, t, cond)))
+        return pair_loss(policy, settings, x_t, t, cond, target, adv, old)
 
     monkeypatch.setattr(forward, "pair_loss", spied)
     run = make_run(policy, method, updates_per_epoch=3)
     run.optimizer = torch.optim.Adam(policy.weights, lr=0.1)
-    update(run, make_samples(policy))
-    counts = torch.stack([cond.bincount(minlength=9)[3:] for _, _, cond, *_ in seen])
-    assert counts.sort(0).values.tolist() == [[0] * 6, [0] * 6, [4] * 6]
-    assert counts[0, :2].tolist() != [4, 4]  # they are shuffled
-    for n, (x_t, t, cond, _, _, old, now) in enumerate(seen):
+    samples = make_samples(policy)
+    update(run, samples)
+    images = [(cond - samples.cond[0]).tolist() for _, _, cond, *_ in found]
+    assert sorted(sum(images, [])) == sorted([*range(6)] * 4) and len(images) == 3
+    assert [len(set(minibatch)) for minibatch in images] == [2, 2, 2]
+    assert set(images[0]) != {0, 1}  # they are shuffled
+    for n, (x_t, t, cond, old, now) in enumerate(found):
         with torch.no_grad():
             sampled = policy.predict(x_t, t, cond)
         torch.testing.assert_close(old, sampled, rtol=1e-4, atol=1e-4)
         assert torch.allclose(old, now, rtol=1e-4, atol=1e-4) == (n == 0)
 
 
-@pytest.mark.parametrize("method", ["awm", "nft", "pepg"])
-def test_rewards_that_are_all_alike_teach_nothing(method, policy):
-    """Even if the prompts' memory, whose mean may lag behind, calls them all good."""
-    run = make_run(policy, method, updates_per_epoch=2)
-    step, _ = update(run, make_samples(policy))
-    nothing, _ = update(run, make_samples(policy, [1.5] * 6))
-    assert nothing.norm() < 1e-4 * step.norm()
-
-
-def test_images_without_weight_have_no_influence_and_no_cost(policy, monkeypatch):
+def test_images_without_weight_have_no_influence_and_no_cost(policy, network):
+    """And updates that are not finite are left out, and counted."""
     samples = make_samples(policy)
     run = make_run(policy, "rwr", keep=0.3, updates_per_epoch=2)
-    seen = spy(policy, monkeypatch)
-    step, _ = update(run, samples)
-    assert sum(len(t) for _, t, _ in seen) == 2 * run.settings.noise_levels
-    samples[0][[1, 2, 3, 4]] = math.nan  # all but the two best
-    again, _ = update(run, samples)
-    assert torch.equal(step, again) and step.any()
+    step, out = update(run, samples)
+    _, t, _ = seen(network)
+    assert len(t) == 2 * run.settings.noise_levels and step.any() and out["skipped"] == 0
+    samples.x[[1, 2, 3, 4]] = math.nan  # all but the two best
+    assert torch.equal(step, update(run, samples)[0])
+    samples.x *= math.nan
+    step, out = update(run, samples)
+    assert out["skipped"] == 2 and not step.any()
 
 
-def test_updates_that_are_not_finite_are_skipped(policy):
-    for method in ("rwr", "nft"):
-        x, *rest = make_samples(policy)
-        step, out = update(make_run(policy, method, updates_per_epoch=2), (x * math.nan, *rest))
-        assert out["skipped"] == 2 and not step.any()
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
 
 
-# ---------------------------------------------------- runs
-
-
-@pytest.mark.parametrize("method", ["awm", "nft", "pepg"])
+@pytest.mark.parametrize("method", AT_OLD)
 def test_it_learns(method, tmp_path, monkeypatch):
-    """The model of test_train.test_it_learns. Over seeds 0 to 3 the mean reward rose by 2.3 to 6.2
-    (AWM), 1.3 to 4.4 (NFT) and 2.4 to 4.0 (PEPG) standard deviations of the first rewards; by
-    chance alone it would change by 0.2."""
-
-    def brightness(images, prompts):
-        return images.mean((1, 2, 3))
-
+    """The model of test_train.test_it_learns. By chance alone the mean reward would change by 0.2
+    of its standard deviation."""
     monkeypatch.setattr(ddpo, "save_pictures", lambda *args: None)
     schedule = {"num_train_timesteps": 20, "beta_start": 0.2, "beta_end": 0.5}
     model = save_tiny_pipeline(tmp_path / "model", prediction_type="sample", **schedule)
-    batches = {"images_per_epoch": 64, "sample_batch": 64, "micro_batch": 128, "noise_levels": 2}
-    how = {"epochs": 4, "guidance_scale": 1.0, "lr": 0.06, "out": str(tmp_path / "run")}
-    own = {"method": method, "beta": 0.03}
-    settings = forward.ForwardSettings(**small_run(model, **batches, **how, **own))
-    run = ddpo.launch(settings, reward=brightness, update=forward.forward_update)
+    how = {"epochs": 4, "guidance_scale": 1.0, "lr": 0.06, "out": tmp_path / "run"}
+    own = {"method": method, "beta": 0.03, "noise_levels": 2}
+    how = small_run(model, images_per_epoch=32, batch_size=64, eval_images=1, **how)
+    settings = forward.ForwardSettings(**how, **own)
+    run = ddpo.launch(settings, None, brightness, forward.forward_update)
     _, first, *_, last = read_metrics(run)
     gain = float(last["reward_mean"]) - float(first["reward_mean"])
     assert gain > float(first["reward_std"])
 
 
 def command(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["forward.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["forward.py", *argv])
     runpy.run_path(forward.__file__, run_name="__main__")
 
 
-def test_the_command_line_takes_its_flags_and_those_of_ddpo(tiny_model, tmp_path, monkeypatch):
-    argv = flags(tiny_model, out=tmp_path / "run", epochs=1)
+def test_the_command_line_takes_its_flags_and_those_of_ddpo(tiniest_model, tmp_path, monkeypatch):
+    argv = flags(tiniest_model, out=tmp_path / "run", epochs=1)
     command(monkeypatch, *argv, "--method", "pepg", "--noise-levels", "2")
     config = json.loads((tmp_path / "run/config.json").read_text())
-    own = {name: config[name] for name in forward.ForwardSettings.__annotations__}
-    assert own == {"method": "pepg", "noise_levels": 2, "beta": 1.0, "inverse_temperature": 1.0,
-                   "keep": 1.0, "ref_coef": 0.0}  # fmt: skip
-    assert config["images_per_epoch"] == 8
+    own = {"method": "pepg", "noise_levels": 2, "beta": 1.0, "ref_coef": 0.0, "lr": 0.01}
+    assert config | own == config and config["made_with"]["update"] == "forward_update"
     _, row = read_metrics(tmp_path / "run")
     assert float(row["grad_norm"]) > 0 and row["ratio_error"] == ""
 
 
 @pytest.mark.parametrize("argv, message", [
     ("--method ppo", "method: rwr, awm, nft, pepg"),
-    ("--beta 0", "beta: more than 0"),
+    ("--beta 0", "beta must be finite and at least 1e-06"),
     ("--keep 1.5", "keep: at most 1"),
-    ("--noise-levels 0", "noise_levels must be at least 1"),
     ("--kl-coef 0.1", "kl_coef does nothing here"),
     ("--ref-coef 0.1 --lora-rank 0", "ref_coef does, and needs a LoRA"),
     ("--beta wide", "--beta: invalid float value: 'wide'"),
     ("--meth rwr", "unrecognized arguments: --meth rwr"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line(argv, message, tiny_model, monkeypatch, capsys):
+def test_a_mistake_is_one_line(argv, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
-        command(monkeypatch, "--model", tiny_model, *argv.split())
-    said = capsys.readouterr().err
-    if isinstance(end.value.code, str):
-        said += end.value.code
-    (line,) = said.splitlines()
-    assert end.value.code and message in line
+        command(monkeypatch, *argv.split(), "--kl-stop", "0", "--lr", "0")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code in (1, 2) and message in line

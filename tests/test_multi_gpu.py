@@ -7,187 +7,152 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import as_flags, make_policy, read_metrics
+from conftest import as_flags, flat, make_policy, read_metrics, small_run, update_by_sgd
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import ddpo
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(ddpo.EXAMPLES))
 import multi_gpu
 
-SMALL = {"steps": 2, "images_per_epoch": 8, "sample_batch": 2, "micro_batch": 3,
-         "updates_per_epoch": 1, "eval_images": 2, "eval_every": 2, "grad_clip": 1e9,
-         "device": "cpu", "precision": "fp32", "stats_min_count": 2}  # fmt: skip
+SMALL = {"batch_size": 3, "updates_per_epoch": 1, "eval_images": 2, "eval_every": 2,
+         "stats_buffer": 2}  # fmt: skip
+
 
 def command(*argv):
-    """multi_gpu.py as a script."""
-    sys.argv = ["multi_gpu.py", *argv]
-    runpy.run_path(multi_gpu.__file__, run_name="__main__")
+    """multi_gpu.py as a script, by plain gradient descent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["multi_gpu.py", *map(str, argv)])
+        patch.setattr(torch.optim, "AdamW", lambda weights, **how: torch.optim.SGD(weights, lr=0.1))
+        patch.setattr(ddpo, "GRAD_CLIP", 1e9)
+        runpy.run_path(multi_gpu.__file__, run_name="__main__")
 
 
-def one_of_two(out, model):
+def one_of_two(out, settings):
     """What each of two processes does: multi_gpu.py with a command line that is wrong; then it goes
-    on with a run of one epoch, and notes what it has and does. In the fourth epoch the gradient of
-    process 1 is not finite, and in the sixth it is killed."""
+    on with a run of one epoch, and notes what it has and does. In the third epoch the gradient of
+    process 1 is not finite, and in the fourth it is killed."""
     rank = int(os.environ["RANK"])
     (out / f"pid-{rank}").write_text(str(os.getpid()))
+    sys.stderr = sys.__stderr__ = open(out / f"said-{rank}", "w", buffering=1)
     plain = ddpo.update
-
-    class Watched(ddpo.Run):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.optimizer = torch.optim.SGD(self.policy.weights, lr=0.1)
-
-        def describe(self, terms, prompts, x, cond, scores, generator):
-            self.seen = {"prompts": prompts, "reward": scores[:, 0]}
-            return super().describe(terms, prompts, x, cond, scores, generator)
 
     def update(run, samples, generator):
         epoch = len(run.log)
         weights = run.policy.weights
-        if rank == 1 and epoch == 6:
+        if rank == 1 and epoch == 4:
             os.kill(os.getpid(), signal.SIGKILL)
-        before = [w.detach().clone() for w in weights]
-        spoilt = math.nan if rank == 1 and epoch == 4 else 1
+        before = flat(weights)
+        spoilt = math.nan if rank == 1 and epoch == 3 else 1
         hook = weights[0].register_hook(lambda gradient: spoilt * gradient)
         row = plain(run, samples, generator)
         hook.remove()
-        after = [w.detach().clone() for w in weights]
-        found = {**run.seen, "samples": samples, "before": before, "after": after}
+        found = {**vars(samples), "before": before, "after": flat(weights)}
         torch.save(found, out / f"{epoch}-{rank}.pt")
         return row
 
-    ddpo.Run, ddpo.update = Watched, update
-    wrong = {**SMALL, "model": model, "out": str(out / "wrong"), "images_per_epoch": 9}
+    ddpo.update = update
     try:
-        command(*as_flags(wrong))
+        command(*as_flags({**settings, "out": out / "wrong", "images_per_epoch": 9}))
     except SystemExit as end:
         (out / f"status-{rank}").write_text(str(end.code))
-    dist.init_process_group = lambda: None  # they have met
-    command("--resume", str(out / "run"), "--epochs", "30")
-
-
-if __name__ == "__main__":  # what torchrun calls, but with forks, which need not import torch anew
-    nodes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
-    how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
-    config = LaunchConfig(run_id="test", monitor_interval=0.1, **nodes, **how)
-    elastic_launch(config, one_of_two)(Path(sys.argv[1]), sys.argv[2])
-
-
-def alone(*argv):
-    """multi_gpu.py with one process, which is this one."""
-    env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**env, "MASTER_PORT": 0}.items():
-            patch.setenv(name, str(value))
-        try:
-            ddpo.main([str(part) for part in argv], multi_gpu.launch)
-        finally:
-            dist.destroy_process_group()
+    torch.distributed.init_process_group = lambda: None  # they have met
+    command("--resume", out / "run", "--epochs", "30")
 
 
 @pytest.fixture(scope="module")
 def watched(tiniest_model, tmp_path_factory):
-    """The folder in which two processes noted all that, and how that ended."""
+    """The folder in which two processes noted all that: what torchrun calls, but with forks, which
+    need not import torch anew."""
     out = tmp_path_factory.mktemp("watched")
-    alone(*as_flags({**SMALL, "model": tiniest_model, "out": out / "run", "epochs": 1}))
+    (out / "prompts.txt").write_text("cat\nbee\nant\n")
+    settings = small_run(tiniest_model, **SMALL, prompts=out / "prompts.txt", epochs=1)
+    command(*as_flags({**settings, "out": out / "run"}))  # without torchrun: one process
     shutil.copy(out / "run/state.pt", out / "1.pt")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    how = {"env": env, "capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run([sys.executable, __file__, out, tiniest_model], check=False, **how)
-    assert (out / "5-0.pt").is_file(), done.stderr[-3000:]
-    return out, done
+    nodes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
+    how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
+    config = LaunchConfig(run_id="test", monitor_interval=0.05, **nodes, **how)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(ChildFailedError):
+        elastic_launch(config, one_of_two)(out, settings)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return out
 
 
 @pytest.fixture(scope="module")
 def epochs(watched):
     """What each process had and did: {epoch: [..., ...]}."""
-    out, _ = watched
-    return {e: [torch.load(out / f"{e}-{rank}.pt") for rank in (0, 1)] for e in (2, 3, 4, 5)}
+    return {e: [torch.load(watched / f"{e}-{rank}.pt") for rank in (0, 1)] for e in (2, 3)}
 
 
 def test_all_processes_have_the_same_weights_and_other_images(epochs):
-    for parts in epochs.values():
-        for key in ("before", "after"):
-            assert all(map(torch.equal, parts[0][key], parts[1][key]))
-        assert (parts[0]["samples"][0] - parts[1]["samples"][0]).abs().min(0).values.max() > 0.1
-    assert not all(map(torch.equal, epochs[3][0]["before"], epochs[3][0]["after"]))
+    for one, other in epochs.values():
+        assert torch.equal(one["before"], other["before"])
+        assert torch.equal(one["after"], other["after"])
+        assert (one["x"] - other["x"]).abs().min(0).values.max() > 0.1
+    assert not torch.equal(epochs[2][0]["before"], epochs[2][0]["after"])
 
 
 def test_the_gradient_is_that_of_one_process_with_all_images(epochs, tiniest_model):
-    parts = epochs[3]
-    policy, settings = make_policy(tiniest_model, **SMALL)
-    run = ddpo.Run(settings, policy)
-    run.optimizer = torch.optim.SGD(policy.weights, lr=0.1)
-    for weight, value in zip(policy.weights, parts[0]["before"]):
-        weight.data.copy_(value)
-    x, logp, _, adv = (torch.cat(both) for both in zip(*(part["samples"] for part in parts)))
-    cond = policy.encode(parts[0]["prompts"] + parts[1]["prompts"])
-    ddpo.update(run, (x, logp, cond, adv), torch.Generator().manual_seed(0))
-    alone = torch.cat([(w - v).flatten() for w, v in zip(policy.weights, parts[0]["before"])])
-    shared = [after - before for after, before in zip(parts[0]["after"], parts[0]["before"])]
-    shared = torch.cat([moved.flatten() for moved in shared])
-    assert (alone - shared).norm() < 1e-6 * alone.norm() + 1e-7 * adv.norm()
+    one, other = epochs[2]
+    policy, settings = make_policy(tiniest_model, **{**SMALL, "steps": 2, "images_per_epoch": 8})
+    torch.nn.utils.vector_to_parameters(one["before"].clone(), policy.weights)
+    both = {k: torch.cat([one[k], other[k]]) for k in ("x", "logp", "scores", "adv")}
+    prompts = one["prompts"] + other["prompts"]
+    samples = ddpo.Samples(prompts, policy.encode(prompts), **both)
+    _, alone = update_by_sgd(policy, settings, samples, lr=0.1)
+    shared = one["before"] - one["after"]
+    assert (alone - shared).norm() < 1e-6 * alone.norm() + 1e-7 * samples.adv.norm()
     assert alone.norm() > 1e-4
 
 
 def test_advantages_are_of_all_rewards(watched, epochs):
     """Each process has its part of what one would make of the prompts and rewards of both."""
-    memory = torch.load(watched[0] / "1.pt")["stats"]
-    counts = ddpo.Settings.stats_buffer, SMALL["stats_min_count"]
-    for epoch in (2, 3):
-        parts = epochs[epoch]
-        prompts = parts[0]["prompts"] + parts[1]["prompts"]
-        rewards = torch.cat([part["reward"] for part in parts])
-        adv = ddpo.prompt_advantages(memory, prompts, rewards, *counts)
-        ours = torch.cat([part["samples"][3] for part in parts])
-        torch.testing.assert_close(ours, adv.clamp(-5, 5))
+    memory = torch.load(watched / "1.pt")["stats"]
+    for one, other in epochs.values():
+        rewards = torch.cat([one["scores"], other["scores"]])[:, 0]
+        adv = ddpo.prompt_advantages(memory, one["prompts"] + other["prompts"], rewards, 2)
+        torch.testing.assert_close(torch.cat([one["adv"], other["adv"]]), adv.clamp(-5, 5))
 
 
-def test_metrics_are_of_all_images(watched, epochs):
-    run = watched[0] / "run"
+def test_metrics_are_of_all_images_and_what_is_not_finite_in_one_is_left_out_by_all(
+    watched, epochs
+):
+    run = watched / "run"
     rows = read_metrics(run)
-    assert [row["queries"] for row in rows] == ["0", "8", "16", "24", "32", "40"]
-    for epoch in (2, 3):
-        rewards = torch.cat([part["reward"] for part in epochs[epoch]])
+    assert [row["queries"] for row in rows] == ["0", "8", "16", "24"]
+    for epoch, parts in epochs.items():
+        rewards = torch.cat([part["scores"] for part in parts])[:, 0]
         assert len(rewards) == 8
         assert float(rows[epoch]["reward_mean"]) == pytest.approx(rewards.mean().item(), rel=1e-4)
         assert float(rows[epoch]["reward_std"]) == pytest.approx(rewards.std().item(), rel=1e-4)
         assert float(rows[epoch]["ratio_error"]) < 1e-5
-    assert [row["eval_reward"] != "" for row in rows] == [True, True, True, False, True, False]
-    assert (run / "samples/epoch_0004.png").is_file()
+    assert [row["eval_reward"] != "" for row in rows] == [True, True, True, False]
+    assert (run / "samples/epoch_0002.png").is_file()
+    assert [row["skipped"] for row in rows] == ["", "0", "0", "1"]
+    assert all(torch.equal(part["before"], part["after"]) for part in epochs[3])
 
 
-def test_a_gradient_that_is_not_finite_in_one_is_left_out_by_all(watched, epochs):
-    rows = read_metrics(watched[0] / "run")
-    assert [row["skipped"] for row in rows] == ["", "0", "0", "0", "1", "0"]
-    for part in epochs[4]:
-        assert all(map(torch.equal, part["before"], part["after"]))
-
-
-def test_a_killed_run_ends_in_all_and_goes_on_with_another_number(watched, tmp_path):
-    out, done = watched
-    assert done.returncode != 0
+def test_a_killed_run_ends_in_all_and_goes_on_with_another_number(watched, epochs, tmp_path):
     for rank in (0, 1):
         with pytest.raises(ProcessLookupError):
-            os.kill(int((out / f"pid-{rank}").read_text()), 0)
-    run = shutil.copytree(out / "run", tmp_path / "run")
-    alone("--resume", run, "--epochs", 6)
+            os.kill(int((watched / f"pid-{rank}").read_text()), 0)
+    run = shutil.copytree(watched / "run", tmp_path / "run")
+    command("--resume", run, "--epochs", 4)
     rows = read_metrics(run)
-    assert rows[:6] == read_metrics(out / "run")
-    assert [int(row["queries"]) for row in rows] == [0, 8, 16, 24, 32, 40, 48]
+    assert rows[:4] == read_metrics(watched / "run")
+    assert [int(row["queries"]) for row in rows] == [0, 8, 16, 24, 32]
 
 
 def test_uneven_shares_are_one_line_once(watched):
-    out, done = watched
-    assert [(out / f"status-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
-    assert done.stderr.count("ddpo.py: error: ") == 1
-    assert "images_per_epoch must be a multiple of 2" in done.stderr
-    assert not (out / "wrong").exists()
+    assert [(watched / f"status-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    (line,) = [line for line in (watched / "said-0").read_text().splitlines() if "ddpo.py" in line]
+    assert line == "ddpo.py: error: images_per_epoch must be a multiple of 2"
+    assert "ddpo.py" not in (watched / "said-1").read_text()
+    assert not (watched / "wrong").exists()

@@ -1,27 +1,17 @@
 """Proves that both objectives follow the gradient of the expected reward, by comparing them with
-closed forms, and that the clip stops a pair only once its ratio has left the range in the direction
-that its advantage favours."""
+closed forms, that the clip stops a pair only once its ratio has left the range in the direction
+that its advantage favours, and that another objective is a function and its name in a table."""
 
 import math
 
 import pytest
 import torch
-from conftest import draw
+from conftest import draw, make_settings, update_by_sgd
 from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
 import ddpo
 from ddpo import clipped_loss, reinforce_loss
-
-
-def test_at_the_old_parameters_both_objectives_have_the_same_gradient():
-    generator = torch.Generator().manual_seed(0)
-    logp, adv = torch.randn(2, 50, generator=generator)
-    logp.requires_grad_()
-    clipped = clipped_loss(logp, logp.detach(), adv, 1e-4).sum()
-    reinforce = reinforce_loss(logp, adv).sum()
-    assert torch.equal(torch.autograd.grad(clipped, logp)[0], -adv)
-    assert torch.equal(torch.autograd.grad(reinforce, logp)[0], -adv)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +49,7 @@ def gaussian_gradient(objective, theta_old, n=200_000):
     logp = Normal(theta, STD).log_prob(x)
     logp_old = Normal(theta_old, STD).log_prob(x)
     reward = -((x - GOAL) ** 2)
-    if objective == "clipped":
-        loss = clipped_loss(logp, logp_old, reward, clip_range=1e6)
-    else:
-        loss = reinforce_loss(logp, reward)
+    loss = ddpo.OBJECTIVES[objective](logp, logp_old, reward, 1e6)
     (grad,) = torch.autograd.grad(-loss.sum(), theta)
     return grad.mean().item(), grad.std().item() / n**0.5
 
@@ -84,19 +71,20 @@ def test_reinforce_is_biased_on_stale_samples():
 class OneNumberPolicy:
     """Denoises a single pixel, and always believes that the clean one is theta."""
 
-    def __init__(self, steps_learned):
+    mean_std = ddpo.Policy.mean_std
+
+    def __init__(self):
         config = {"clip_sample": False, "prediction_type": "sample"}
         last_step_is_random = {"set_alpha_to_one": False, "steps_offset": 1}
         self.scheduler = DDIMScheduler(6, 0.2, 0.5, **config, **last_step_is_random)
         self.scheduler.set_timesteps(3)
-        self.eta = 1.0
+        self.levels = ddpo.ddim_levels(self.scheduler)
         self.trained_steps = torch.arange(3)
-        self.steps_learned = steps_learned
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.latent_shape = (1, 1, 1)
         self.clip_range = 0.1
-        self.micro_batch = 9999
+        self.batch_size = 9999
         self.weights = [torch.tensor([THETA], requires_grad=True)]
 
     def encode(self, prompts):
@@ -112,33 +100,46 @@ class OneNumberPolicy:
         none = torch.zeros(1)
         for t in self.scheduler.timesteps.tolist():
             output = torch.tensor([theta])
-            x = self.scheduler.step(output, t, x, self.eta, variance_noise=none).prev_sample
+            x = self.scheduler.step(output, t, x, 1.0, variance_noise=none).prev_sample
         return x.item()
 
 
-@pytest.mark.parametrize(
-    "objective, steps_learned", [("clipped", 3), ("reinforce", 3), ("clipped", 2)]
-)
-def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective, steps_learned):
+def gradient_step(settings, generator, images):
+    """What gradient ascent at rate 1 adds to theta, on images sampled for it."""
+    policy = OneNumberPolicy()
+    prompts = [""] * images
+    x, logp = draw(policy, prompts, generator)
+    reward = -((x[:, -1].flatten() - GOAL) ** 2)
+    samples = ddpo.Samples(prompts, policy.encode(prompts), x, logp, reward[:, None], reward)
+    return -update_by_sgd(policy, settings, samples)[1].item()
+
+
+@pytest.mark.parametrize("objective", ["clipped", "reinforce"])
+def test_rollout_and_update_follow_the_gradient_of_the_expected_reward(objective):
     """The whole chain, sampled by `rollout` and learned from by `update`, against the closed form:
     the mean of x_0 is linear in theta and its variance does not depend on it. `update` averages
-    over the steps, so it gives a T-th of the gradient, also if it learns from some of them only."""
-    settings = ddpo.Settings(objective=objective, updates_per_epoch=1, grad_clip=1e9)
+    over the T steps, so it gives a T-th of the gradient."""
+    settings = make_settings("", objective=objective, updates_per_epoch=1)
     generator = torch.Generator().manual_seed(0)
-    prompts = [""] * 4000
-    grads = []
-    for _ in range(50):
-        policy = OneNumberPolicy(steps_learned)
-        x, logp = draw(policy, prompts, generator)
-        reward = -((x[:, -1].flatten() - GOAL) ** 2)
-        run = ddpo.Run(settings, policy)
-        run.optimizer = torch.optim.SGD(policy.weights, lr=1.0)
-        ddpo.update(run, (x, logp, policy.encode(prompts), reward), generator)
-        grads.append(policy.weights[0].item() - THETA)  # what gradient ascent at rate 1 added
+    grads = torch.tensor([gradient_step(settings, generator, 8000) for _ in range(25)])
+    policy = OneNumberPolicy()
     at = policy.expected_x_0(THETA)
     slope = policy.expected_x_0(1.0) - policy.expected_x_0(0.0)
     expected = -2 * (at - GOAL) * slope / len(policy.scheduler.timesteps)
-    grads = torch.tensor(grads)
     error = grads.std().item() / len(grads) ** 0.5
     assert error < abs(expected) / 15, "the test would not notice a wrong gradient"
     assert abs(grads.mean().item() - expected) < 4 * error
+
+
+def test_another_objective_is_a_function_and_an_entry(monkeypatch):
+    def doubled(logp, logp_old, adv, clip_range):
+        return 2 * reinforce_loss(logp, logp_old, adv, clip_range)
+
+    with pytest.raises(ddpo.UserError, match="objective doubled: there are clipped, reinforce"):
+        make_settings("", objective="doubled")
+    monkeypatch.setitem(ddpo.OBJECTIVES, "doubled", doubled)
+    steps = []
+    for objective in ("reinforce", "doubled"):
+        settings = make_settings("", objective=objective, updates_per_epoch=1)
+        steps.append(gradient_step(settings, torch.Generator().manual_seed(0), 8))
+    assert steps[1] == pytest.approx(2 * steps[0], rel=1e-4) and abs(steps[0]) > 1e-3

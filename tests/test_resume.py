@@ -1,8 +1,11 @@
 """Proves that a run cannot be lost and can be repeated: resumed after any end it becomes, bit for
 bit, the run that was never stopped; damage, a full disk, NaN and a mistake each end in one line,
-with what was saved before whole; and that another's run folder cannot run code.
-examples/kill_resume.py proves the first with real kills."""
+with what was saved before whole; what defines a run stays, and what changes is on record; and
+another's run folder cannot run code. examples/experiments/kill_resume.py proves the first with
+real kills."""
 
+import copy
+import functools
 import itertools
 import json
 import math
@@ -12,22 +15,28 @@ import re
 import shlex
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_flags, brightness, failure, flags, read_metrics, save_tiny_pipeline
+from conftest import LORA, as_flags, brightness, failure, flags, must_not_sample, read_metrics
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import ddpo
-from examples.kill_resume import contents, plain
+from examples.experiments.kill_resume import contents, plain
 
-LORA = "pytorch_lora_weights.safetensors"
+read_pipeline = functools.cache(ddpo.load_pipeline)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in ddpo.py catches it."""
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """Other tests read models from files, in these a copy is as good."""
+    monkeypatch.setattr(ddpo, "load_pipeline", lambda *args: copy.deepcopy(read_pipeline(*args)))
+
+
+SMALLEST = {"images_per_epoch": 2, "eval_images": 1}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +45,8 @@ def start(tiniest_model, tmp_path_factory):
     prompts with statistics."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("cat\nbee\ncow\n")
-    common = {
-        "prompts": prompts,
-        "images_per_epoch": 6,
-        "micro_batch": 6,
-        "eval_every": 2,
-        "eval_images": 2,
-        "stats_min_count": 2,
-    }
+    size = {"images_per_epoch": 6, "batch_size": 6, "eval_every": 2, "eval_images": 2}
+    common = {"prompts": prompts, "stats_buffer": 4, **size}
     return lambda out, **settings: flags(tiniest_model, out=out, **{**common, **settings})
 
 
@@ -62,13 +65,15 @@ def run(runs, tmp_path):
     return shutil.copytree(runs[2], tmp_path / "a run")
 
 
-def differences(run, other, leave_out=()):
-    """Names of the files that differ in more than the seconds that things took, or that only one
-    of the folders holds."""
-    a = contents(run)
-    b = contents(other)
+def differences(run, other):
+    """Names of the files that differ in more than the seconds that things took and the word on what
+    was changed, or that only one of the folders holds."""
+    a, b = contents(run), contents(other)
+    for found in (a, b):
+        for row in [*found["metrics.csv"], *found["state.pt"]["log"]]:
+            del row["changed"]
     names = sorted(a.keys() | b.keys())
-    return [name for name in names if a.get(name) != b.get(name) and name not in leave_out]
+    return [name for name in names if a.get(name) != b.get(name)]
 
 
 def files(folder):
@@ -80,18 +85,31 @@ def epochs_of(run):
     return [int(row["epoch"]) for row in read_metrics(run)]
 
 
+def changed(run):
+    """What metrics.csv says to have changed, by the epoch."""
+    return {int(row["epoch"]): row["changed"] for row in read_metrics(run) if row["changed"]}
+
+
 def state_of(run):
     return torch.load(run / "state.pt", weights_only=True)
 
 
+def config_of(run):
+    return json.loads((run / "config.json").read_text())
+
+
 def change_config(run, **values):
-    config = run / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
+    (run / "config.json").write_text(json.dumps({**config_of(run), **values}))
 
 
-def how_to_go_on(line):
+def resume(run, *argv, **parts):
+    """From Python."""
+    return ddpo.launch(*ddpo.parse(["--resume", str(run), *argv]), **parts)
+
+
+def how_to_go_on(text):
     """The command line that an error message offers."""
-    return shlex.split(re.search("; go on with: python ddpo.py (.*)", line)[1])
+    return shlex.split(re.search(r"go on with: python (.*)", text)[1])[1:]
 
 
 def raises_at(call, error, function):
@@ -109,36 +127,30 @@ def raises_at(call, error, function):
 # ---------------------------------------------------- resumed and never stopped
 
 
-def test_two_and_two_epochs_are_four(run, runs, capsys):
+def test_two_and_two_epochs_are_four(run, runs):
     torch.rand(3)  # what was drawn before must not matter
     ddpo.main(["--resume", str(run), "--epochs", "4"])
-    assert f"resumes {run} {{'epochs': 4}}\n" in capsys.readouterr().out
     assert differences(run, runs[4]) == [] and epochs_of(run) == [0, 1, 2, 3, 4]
     assert {LORA, "metrics.csv", "state.pt"} < set(differences(runs[2], runs[4]))
+    assert changed(runs[4]) == {} and changed(run) == {3: "{'epochs': (2, 4)}"}
     state = state_of(run)
-    stats = state["stats"]
-    assert set(stats) == {"cat", "bee", "cow"} and sum(map(len, stats.values())) == 24
+    assert set(state["stats"]) == {"cat", "bee", "cow"}
+    assert min(map(len, state["stats"].values())) >= 4  # enough to be compared with
+    assert {type(value) for row in state["log"] for value in row.values()} == {int, float, str}
     lora = [plain(weights) for weights in load_file(run / LORA).values()]
     saved = [plain(weights) for weights in state["weights"].values()]
     assert sorted(lora) == sorted(saved) and len(lora) == 16
 
 
-def test_epochs_after_the_saved_one_are_done_again(start, runs, tmp_path):
-    run = tmp_path / "run"
-    settings, _ = ddpo.parse(start(run, epochs=4, save_every=2))
-    with pytest.raises(Killed):
-        ddpo.launch(settings, update=raises_at(4, Killed, ddpo.update))
-    assert len(state_of(run)["log"]) == 3 and epochs_of(run) == [0, 1, 2, 3]
-    ddpo.main(["--resume", str(run)])
-    assert epochs_of(run) == [0, 1, 2, 3, 4]
-    assert differences(run, runs[4], ["config.json"]) == []
+class Killed(BaseException):
+    """Stands for SIGKILL."""
 
 
-def test_killed_wherever_a_file_is_about_to_get_its_name(start, tmp_path, monkeypatch):
-    """One run that dies at every place, each time before a finished file takes the place of the
-    old one. All of it must be on the disk by then, or a machine that goes down leaves an empty
-    file. Its last evaluation comes after its last epoch is saved."""
-    small = {"eval_every": 3, "images_per_epoch": 4, "sample_batch": 4, "eval_images": 1}
+def test_killed_wherever_a_file_is_about_to_get_its_name(start, tmp_path, capsys, monkeypatch):
+    """A run that dies at every place, each time before a finished file takes the place of the old
+    one. All of it must be on the disk by then, or a machine that goes down leaves an empty file.
+    Until there is a state, nothing can go on, and the run is begun again in another folder."""
+    small = {**SMALLEST, "epochs": 1}
     whole = tmp_path / "whole"
     ddpo.main(start(whole, **small))
     run = tmp_path / "run"
@@ -156,13 +168,14 @@ def test_killed_wherever_a_file_is_about_to_get_its_name(start, tmp_path, monkey
         assert synced.get(os.stat(tmp).st_ino) == os.stat(tmp).st_size
         state = run / "state.pt"
         place = (path.name, len(state_of(run)["log"]) - 1 if state.exists() else None)
-        if place not in died and (run / "config.json").exists():
+        if place not in died:
             died.append(place)
             raise Killed
         rename(tmp, path)
 
     monkeypatch.setattr(os, "fsync", watched)
     monkeypatch.setattr(os, "replace", deadly)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: None)  # who is killed cleans up nothing
     argv = start(run, **small)
     ended = False
     while not ended:
@@ -171,144 +184,139 @@ def test_killed_wherever_a_file_is_about_to_get_its_name(start, tmp_path, monkey
             ended = True
         except Killed:
             argv = ["--resume", str(run)]
-    assert died == [
-        *[("epoch_0000.png", None), ("config.json", None), ("metrics.csv", None)],
-        *[(LORA, None), ("state.pt", None)],
-        *[("metrics.csv", 1), ("config.json", 1), (LORA, 1), ("state.pt", 1)],
-        *[("epoch_0002.png", 2), ("config.json", 2), ("metrics.csv", 2)],
-        *[(LORA, 2), ("state.pt", 2)],
-    ]
-    assert differences(run, whole) == [] and epochs_of(run) == [0, 1, 2]
+            if not (run / "state.pt").exists():
+                assert str(run) in failure(capsys, *argv)
+                run = tmp_path / f"run after {len(died)}"
+                argv = start(run, **small)
+    names = ["metrics.csv", "config.json", LORA, "state.pt"]
+    first = [(name, None) for name in ["epoch_0000.png", *names]]
+    assert died == first + [(name, 0) for name in ["epoch_0001.png", *names]]
+    assert differences(run, whole) == [] and epochs_of(run) == [0, 1]
 
 
-@pytest.mark.parametrize("where, call", [("update", 3), ("fsync", 5)])
-def test_interrupted_and_resumed(where, call, start, runs, tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the second epoch, of which there are two updates; and while the first state is
-    written."""
+@pytest.mark.parametrize("owner, name, call", [(ddpo.Run, "step", 3), (torch, "save", 2)])
+def test_interrupted_and_resumed(owner, name, call, start, runs, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the second epoch, of which there are two updates; and while the state of the first
+    is written."""
     run = tmp_path / "a run"
     with monkeypatch.context() as patch:
-        owner, name = {"update": (ddpo.Run, "step"), "fsync": (os, "fsync")}[where]
         patch.setattr(owner, name, raises_at(call, KeyboardInterrupt, getattr(owner, name)))
-        line = failure(capsys, *start(run))
-    assert line.startswith("ddpo.py: error: stopped; go on with: python ddpo.py --resume ")
-    assert epochs_of(run) == [0, 1]
-    assert len(load_file(run / LORA)) == 16
+        with pytest.raises(SystemExit) as end:
+            ddpo.main(start(run))
+    assert end.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ddpo.py: error: stopped; go on with: python ")
+    assert epochs_of(run) == [0, 1] and len(load_file(run / LORA)) == 16
     ddpo.main(how_to_go_on(line))
-    assert differences(run, runs[2]) == []
+    assert differences(run, runs[2]) == [] and changed(run) == {}
 
 
-@pytest.mark.parametrize("more", [[], ["--epochs", "1"]], ids=["finished", "fewer epochs"])
+@pytest.mark.parametrize("more", ["", "--epochs 1 --lr 0.5 --monitor incompressibility"])
 def test_nothing_left_to_do(more, run, monkeypatch):
-    before = contents(run)
-    monkeypatch.setattr(ddpo, "rollout", lambda *a, **k: pytest.fail("sampled"))
-    ddpo.main(["--resume", str(run), *more])
-    after = contents(run)
-    assert {**after, "config.json": 0} == {**before, "config.json": 0}
+    """Then nothing is written, not even what would have been done otherwise."""
+    before = files(run)
+    must_not_sample(monkeypatch)
+    ddpo.main(["--resume", str(run), *more.split()])
+    assert files(run) == before
 
 
-def test_what_came_of_a_stopped_run_can_be_asked(start, tmp_path, capsys):
-    """Stopped in epoch 2 and resumed with --epochs 1, it ends with an evaluation of epoch 1. From
-    Python, with a reward that the command line does not know."""
+def test_a_reward_from_python_is_given_again(start, tmp_path, capsys):
+    """Ctrl-C comes through to Python as it is, with a note. Without the reward there is no going
+    on, nor with another one."""
     run = tmp_path / "run"
-    settings, _ = ddpo.parse(start(run))
-    update = raises_at(2, KeyboardInterrupt, ddpo.update)
-    with pytest.raises(ddpo.UserError, match="stopped; go on with: python ddpo.py --resume"):
-        ddpo.launch(settings, reward=brightness, update=update)
-    assert [row["eval_reward"] != "" for row in read_metrics(run)] == [True, False]
-    settings = ddpo.make_settings(resume=str(run), epochs=1)
-    assert settings.reward == "brightness"
-    assert ddpo.launch(settings, run, reward=brightness) == run
-    before, after = (row["eval_reward"] for row in state_of(run)["log"])
-    assert before != after
-    assert f"{before:.3f} before, {after:.3f} after; see" in capsys.readouterr().out
-    assert (run / "samples/epoch_0001.png").is_file()
+    whole = tmp_path / "whole"
+    settings, _ = ddpo.parse(start(run, **SMALLEST))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddpo.Run, "step", raises_at(3, KeyboardInterrupt, ddpo.Run.step))
+        with pytest.raises(KeyboardInterrupt) as error:
+            ddpo.launch(settings, reward=brightness)
+    assert str(run) in how_to_go_on(error.value.__notes__[0])
+    before = files(run)
+    assert "--reward brightness: unknown" in failure(capsys, "--resume", run)
+    with pytest.raises(ddpo.UserError, match="its reward is 'brightness'; begin a new run for 'la"):
+        resume(run, reward=lambda images, prompts: images.mean((1, 2, 3)))
+    assert files(run) == before
+    assert resume(run, reward=brightness) == run
+    ddpo.launch(replace(settings, out=str(whole)), reward=brightness)
+    assert differences(run, whole) == [] and changed(run) == {}
 
 
-def test_columns_stay_if_what_was_logged_is_logged_no_more(run, runs):
-    ddpo.main(["--resume", str(run), "--epochs", "3", "--monitor", "incompressibility"])
-    ddpo.main(["--resume", str(run), "--epochs", "4", "--monitor", ""])
-    logged = [row["incompressibility"] for row in read_metrics(run)]
-    assert logged[3] and logged[:3] + logged[4:] == [""] * 4
+MINE = """import itertools
+open(__file__ + ".ran", "w").close()
+calls = itertools.count(1)
+def flaky(images, prompts):
+    assert next(calls) != 3, "my mistake"
+    return images.mean((1, 2, 3))
+def steady(images, prompts):
+    return images.mean((1, 2, 3))
+"""
 
 
-def test_a_rate_of_the_whole_unet_stays_if_the_command_is_repeated(start, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps({"lora_rank": 0, "lr": 0.5}))
-    assert ddpo.parse(["--resume", str(run), "--lora-rank", "0"])[0].lr == 0.5
-    (run / "config.json").write_text(json.dumps({"lora_rank": 4, "lr": 0.5}))
-    assert ddpo.parse(["--resume", str(run), "--lora-rank", "0"])[0].lr == 1e-5
+def test_after_a_failing_reward_the_advice_works(start, tmp_path):
+    """It names all code again, as the folder may be somebody else's. The error is the reward's."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE)
+    run = tmp_path / "a run"
+    whole = tmp_path / "whole"
+    argv = start(run, reward=f"0.5*{mine}:flaky", monitor=f"{mine}:steady", **SMALLEST)
+    with pytest.raises(AssertionError, match="my mistake") as error:
+        ddpo.main(argv)
+    assert error.traceback[-1].path == mine
+    (note,) = error.value.__notes__
+    assert epochs_of(run) == [0, 1]
+    ddpo.main(how_to_go_on(note))
+    ddpo.main([*argv, "--out", str(whole)])
+    assert differences(run, whole) == [] and changed(run) == {}
 
 
-def test_a_run_may_go_on_in_half_precision(run):
+def test_a_run_may_go_on_in_half_precision_and_without_its_pictures(run):
     """One that was begun on a CPU does so on a GPU."""
+    shutil.rmtree(run / "samples")
     ddpo.main(["--resume", str(run), "--epochs", "3", "--precision", "fp16"])
     assert epochs_of(run) == [0, 1, 2, 3] and state_of(run)["scaler"]["scale"] > 0
-
-
-def test_the_pictures_may_be_gone(run):
-    shutil.rmtree(run / "samples")
-    ddpo.main(["--resume", str(run), "--epochs", "3"])
-    assert epochs_of(run) == [0, 1, 2, 3]
     assert [path.name for path in run.glob("samples/*")] == ["epoch_0003.png"]
 
 
 # ---------------------------------------------------- damage
 
 
-def damaged(run, capsys, *more):
+def damaged(run, capsys):
     """Resuming says that the state is of no use; all that is there must stay as it is."""
     before = files(run)
-    line = failure(capsys, "--resume", run, *more)
+    line = failure(capsys, "--resume", run)
     assert line.startswith(f"ddpo.py: error: {run / 'state.pt'} is damaged or of another kind")
     assert files(run) == before
 
 
-@pytest.mark.parametrize("tenth", [0, 3, 9])
-def test_a_state_cut_short(tenth, run, capsys):
-    state = run / "state.pt"
-    whole = state.read_bytes()
-    state.write_bytes(whole[: len(whole) * tenth // 10])
+def test_a_damaged_state(run, capsys):
+    """Cut short, gone, not one of ours, or with weights that do not fit: those of rank 1 could be
+    spread over all of rank 4 without a word."""
+    path = run / "state.pt"
+    whole = path.read_bytes()
+    state = state_of(run)
+    for tenth in (0, 3, 9):
+        path.write_bytes(whole[: len(whole) * tenth // 10])
+        damaged(run, capsys)
+    path.unlink()
     damaged(run, capsys)
+    spread = {k: w[:1] if len(w) == 4 else w[:, :1] for k, w in state["weights"].items()}
+    for other in ({"weights": []}, [], {**state, "weights": spread}):
+        torch.save(other, path)
+        damaged(run, capsys)
 
 
-def test_a_file_that_is_no_state_of_ours(run, capsys):
-    torch.save({"weights": []}, run / "state.pt")
-    damaged(run, capsys)
-
-
-@pytest.mark.parametrize("rank, other", [(4, 8), (1, 4), (4, 0)])
-def test_weights_that_do_not_fit(rank, other, run, start, tmp_path, capsys):
-    """Those of rank 1 could be spread over all of rank 4 without a word."""
-    if rank == 1:
-        run = tmp_path / "rank 1"
-        ddpo.main(start(run, lora_rank=1, epochs=1))
-    damaged(run, capsys, "--lora-rank", other)
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def dump(state, file):
-    pickle.dump(state, file, protocol=2)  # as torch.save
-
-
-@pytest.mark.parametrize("save", [torch.save, dump])
-def test_a_strangers_state_cannot_run_code(save, run, tmp_path, capsys):
+@pytest.mark.parametrize("save, load", [
+    (torch.save, functools.partial(torch.load, weights_only=False)),
+    (functools.partial(pickle.dump, protocol=2), pickle.load),  # as torch.save
+])  # fmt: skip
+def test_a_strangers_state_cannot_run_code(save, load, run, tmp_path, capsys):
     hit = tmp_path / "hit"
-    state = {**state_of(run), "stats": Evil(hit)}
-    with open(run / "state.pt", "wb") as file:
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, (str(hit),))})
+    state = {**state_of(run), "stats": evil()}
+    with open(run / "state.pt", "wb+") as file:
         save(state, file)
-    with open(run / "state.pt", "rb") as file:
-        if save is torch.save:
-            torch.load(file, weights_only=False)
-        else:
-            pickle.load(file)
+        file.seek(0)
+        load(file)
     hit.rmdir()  # so it would have worked
     damaged(run, capsys)
     assert not hit.exists()
@@ -339,170 +347,191 @@ def test_a_full_disk(run, runs, capsys, monkeypatch):
             assert line.startswith(f"ddpo.py: error: cannot write {full}; what was saved before")
             assert "File too large" in line
             assert contents(run).get(name) == before  # not half of the new file
-    ddpo.main(["--resume", str(run)])
+    ddpo.main(how_to_go_on(line))
     assert differences(run, runs[4]) == []
 
 
-@pytest.mark.parametrize("trouble, message", [
-    (OSError("No space left"), "cannot write .*pipeline; what was saved before is whole .No space"),
-    (KeyboardInterrupt(), "stopped; go on with: python ddpo.py --resume"),
-])  # fmt: skip
-def test_a_pipeline_that_could_not_be_saved(trouble, message, start, tmp_path, capsys, monkeypatch):
+def test_a_pipeline_that_could_not_be_saved(start, tmp_path, capsys, monkeypatch):
     """It is saved on resuming."""
-
-    def trouble_in_saving(*args, **kwargs):
-        raise trouble
-
-    small = {"lora_rank": 0, "epochs": 1, "images_per_epoch": 2, "eval_images": 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(StableDiffusionPipeline, "save_pretrained", trouble_in_saving)
-        assert re.search(message, failure(capsys, *start(tmp_path / "run", **small)))
-    ddpo.main(["--resume", str(tmp_path / "run")])
-    assert (tmp_path / "run/pipeline/model_index.json").is_file()
+    run = tmp_path / "run"
+    argv = start(run, lora_rank=0, epochs=1, **SMALLEST)
+    for trouble in (OSError("No space left"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            save = raises_at(1, trouble, None)
+            patch.setattr(StableDiffusionPipeline, "save_pretrained", save)
+            line = failure(capsys, *argv)
+        argv = how_to_go_on(line)
+        if isinstance(trouble, OSError):
+            assert f"cannot write {run / 'pipeline'}; what was saved before is whole (No " in line
+    ddpo.main(argv)
+    assert (run / "pipeline/model_index.json").is_file() and epochs_of(run) == [0, 1]
 
 
 # ---------------------------------------------------- settings
 
 
-def test_what_changes_is_taken_and_said(run, capsys):
-    before = json.loads((run / "config.json").read_text())
+def test_what_changes_is_taken_and_on_record(run):
+    """In config.json, and in metrics.csv at the first epoch after."""
+    before = config_of(run)
     weights = state_of(run)["weights"]
-    change = {"epochs": 4, "lr": 1e-9, "weight_decay": 0.5, "save_every": 4, "eval_every": 1,
-              "micro_batch": 5, "grad_checkpointing": True}  # fmt: skip
+    change = {"epochs": 4, "batch_size": 5, "save_memory": True, "lr": 1e-9, "kl_stop": 99.0,
+              "eval_every": 1}  # fmt: skip
     ddpo.main(["--resume", str(run), *as_flags(change), "--seed", "0"])
-    assert f"resumes {run} {change}\n" in capsys.readouterr().out  # a seed of 0 is none
-    assert json.loads((run / "config.json").read_text()) == {**before, **change}
+    assert config_of(run) == {**before, **change}
+    said = {name: (before[name], value) for name, value in change.items()}
+    (at,) = changed(run).items()
+    assert at[0] == 3 and eval(at[1]) == said
     pictures = sorted(path.name for path in run.glob("samples/*"))
     assert pictures == [f"epoch_{epoch:04d}.png" for epoch in (0, 2, 3, 4)]
     state = state_of(run)
-    group = state["optimizer"]["param_groups"][0]
-    assert (group["lr"], group["weight_decay"]) == (1e-9, 0.5)
+    assert state["optimizer"]["param_groups"][0]["lr"] == 1e-9
     moved = max((state["weights"][k] - weights[k]).abs().max().item() for k in weights)
     assert 0 < moved < 1e-7  # in four steps; at the old learning rate, 0.01 and more
 
 
-def test_the_same_flags_again_change_nothing(start, run, capsys):
-    argv = start(json.loads((run / "config.json").read_text())["out"])
+def test_monitors_and_code_may_change(run):
+    """A column stays once it was there. Which code made what is on record, too."""
+
+    def mine(*args):
+        return ddpo.update(*args)
+
+    assert '"update"' in json.dumps(config_of(run))
+    ddpo.main(["--resume", str(run), "--epochs", "3", "--monitor", "incompressibility"])
+    resume(run, "--epochs", "4", "--monitor", "", update=mine)
+    logged = [row["incompressibility"] for row in read_metrics(run)]
+    assert logged[3] and logged[:3] + logged[4:] == [""] * 4
+    first, second = (changed(run)[epoch] for epoch in (3, 4))
+    assert len(changed(run)) == 2 and "'monitor': ('', 'incompressibility')" in first
+    assert "'update'" not in first and "'update'" in second and "'mine'" in second
+    assert '"mine"' in json.dumps(config_of(run))
+
+
+def test_a_kill_while_files_are_written_loses_no_word_on_a_change(run, monkeypatch):
+    """config.json has its new name already, the state not yet."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", raises_at(1, Killed, torch.save))
+        with pytest.raises(Killed):
+            ddpo.main(["--resume", str(run), "--epochs", "3", "--lr", "0.5"])
+    ddpo.main(["--resume", str(run)])
+    assert config_of(run)["lr"] == 0.5 and changed(run).keys() == {3}
+    assert eval(changed(run)[3]) == {"epochs": (2, 3), "lr": (0.01, 0.5)}
+
+
+def test_paths_are_those_of_the_place_where_the_run_began(start, tmp_path, monkeypatch):
+    for name in ("began", "later"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "began")
+    Path("few.txt").write_text("cat\n")
+    ddpo.main(start("run", prompts="few.txt", epochs=1, **SMALLEST))
+    monkeypatch.chdir(tmp_path / "later")
+    ddpo.main(["--resume", "../began/run", "--epochs", "2"])
+    assert epochs_of(tmp_path / "began/run") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("argv, name", [
+    ("--lora-rank 8", "lora_rank"),
+    ("--steps 9", "steps"),
+    ("--objective reinforce --updates-per-epoch 1", "objective"),
+    ("--objective reinforce", "objective"),  # which does not go with the run's two updates
+    ("--seed 1", "seed"),
+    ("--reward incompressibility", "reward"),
+    ("--samples-per-prompt 2", "samples_per_prompt"),
+])  # fmt: skip
+def test_what_a_run_is_cannot_change(argv, name, run, capsys, monkeypatch):
+    must_not_sample(monkeypatch)
+    before = files(run)
+    line = failure(capsys, "--resume", run, "--epochs", 9, *argv.split())
+    assert name in line and ("begin a new run" in line or "add --updates-per-epoch 1" in line)
+    assert files(run) == before
+
+
+def test_the_same_flags_again_change_nothing(start, run):
+    argv = start(config_of(run)["out"])
     settings, folder = ddpo.parse([*argv, "--resume", str(run)])
-    assert capsys.readouterr().out == f"resumes {run} \n" and folder == str(run)
-    assert settings == ddpo.parse(argv)[0] == ddpo.make_settings(resume=str(run))
+    assert os.path.samefile(folder, run)
+    assert settings == ddpo.parse(argv)[0] == ddpo.parse(["--resume", str(run)])[0]
 
 
-@pytest.mark.parametrize("name", ["gone", "empty", "other", "other/metrics.csv"])
-def test_a_folder_without_a_run(name, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
+def test_a_folder_without_a_run(tmp_path, capsys):
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/metrics.csv").write_text("epoch\n")
+    (tmp_path / "other/config.json").write_text("[]")
     before = sorted(tmp_path.rglob("*"))
-    line = failure(capsys, "--resume", tmp_path / name)
-    assert str(tmp_path / name / "config.json") in line
+    for folder in (tmp_path, tmp_path / "gone", tmp_path / "other", tmp_path / "other/config.json"):
+        line = failure(capsys, "--resume", folder)
+        assert f"--resume {folder}: that is not the folder of a run" in line
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_lora_that_a_run_began_from_is_not_needed_again(start, runs, tmp_path):
-    lora = shutil.copy(runs[2] / LORA, tmp_path / "lora.safetensors")
-    for folder, epochs in (("whole", 2), ("parted", 1)):
-        small = {"images_per_epoch": 2, "eval_images": 1, "eval_every": 1}
-        ddpo.main(start(tmp_path / folder, init_lora=lora, epochs=epochs, **small))
-    Path(lora).unlink()
-    ddpo.main(["--resume", str(tmp_path / "parted"), "--epochs", "2"])
-    assert differences(tmp_path / "parted", tmp_path / "whole") == []
-
-
-def test_its_config_counts_more_than_the_models_defaults(run, tmp_path):
-    model = save_tiny_pipeline(tmp_path / "model")
-    (model / "ddpo.json").write_text(json.dumps({"steps": 9, "seed": 9}))
-    change_config(run, model=str(model))
-    settings = ddpo.make_settings(resume=str(run))
-    assert (settings.steps, settings.seed, settings.model) == (2, 0, str(model))
-
-
-@pytest.mark.parametrize("values", [{"step": 3}, {"steps": None}, {"steps": [3]}])
-def test_a_config_of_no_use(values, run, capsys):
+@pytest.mark.parametrize("values, word", [
+    ({"step": 3}, "step"),
+    ({"steps": None}, "steps"),
+    ({"steps": [3]}, "steps"),
+    ({"reward": 3}, "folder of a run"),
+    ({"made_with": 3}, "folder of a run"),
+    ({"made_with": {"place": 3}}, "run"),
+])  # fmt: skip
+def test_a_config_of_no_use(values, word, run, capsys):
     change_config(run, **values)
-    assert next(iter(values)) in failure(capsys, "--resume", run)
-
-
-THEIRS = """import os
-os.mkdir({hit!r})
-def bright(images, prompts):
-    return images.mean((1, 2, 3))
-"""
+    assert word in failure(capsys, "--resume", run)
 
 
 @pytest.mark.parametrize("name", ["reward", "monitor"])
-def test_code_that_a_run_folder_names(name, run, tmp_path, capsys):
+def test_code_that_a_run_folder_names(name, run, tmp_path, capsys, monkeypatch):
     """The folder may be somebody else's. So it runs only once it is named again."""
-    hit = tmp_path / "hit"
-    file = tmp_path / "theirs.py"
-    file.write_text(THEIRS.format(hit=str(hit)))
-    code = f"{file}:bright"
+    theirs = tmp_path / "theirs.py"
+    theirs.write_text(MINE)
+    code = f"{theirs}:steady"
     change_config(run, **{name: code})
     before = files(run)
     line = failure(capsys, "--resume", run, "--epochs", 3)
-    assert f"config.json cannot decide the {name}; if you trust it, add --{name} {code}" in line
-    assert files(run) == before and not hit.exists()
-    ddpo.main(["--resume", str(run), "--epochs", "3", f"--{name}", code])
-    assert hit.exists() and epochs_of(run) == [0, 1, 2, 3]
+    assert line.endswith(f"runs code: if you trust it, add --{name} {code}")
+    assert files(run) == before and not Path(f"{theirs}.ran").exists()
+    monkeypatch.chdir(tmp_path)  # no file in a place of theirs takes the name of this one
+    made_with = {**config_of(run)["made_with"], "place": str(tmp_path / "samples")}
+    change_config(run, **{name: "theirs.py:steady"}, made_with=made_with)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/theirs.py").write_text("raise AssertionError")
+    ddpo.main(["--resume", str(run), "--epochs", "3", f"--{name}", "theirs.py:steady"])
+    assert Path(f"{theirs}.ran").exists() and epochs_of(run) == [0, 1, 2, 3]
 
 
 # ---------------------------------------------------- not finite, out of memory
 
 
 def not_finite(in_updates, function):
-    """`function`, which gives a tensor of an update, but with NaN in these updates, counted from 1
-    over the whole run; an update has one micro-batch."""
+    """`function`, which gives a tensor of an update, but with NaN in these updates, counted from 1;
+    an update has one micro-batch."""
     calls = itertools.count(1)
-
-    def spoiled(*args):
-        value = function(*args)
-        return value * math.nan if next(calls) in in_updates else value
-
-    return spoiled
+    return lambda *args: function(*args) * (math.nan if next(calls) in in_updates else 1)
 
 
-def numbers(state):
-    """Every number of the weights and of the optimizer."""
-    found = list(state["weights"].values())
-    for moments in state["optimizer"]["state"].values():
-        found += moments.values()
-    return torch.cat([part.flatten() for part in found])
+def test_an_update_that_is_not_finite_is_skipped(run, monkeypatch):
+    """Be it the gradient of one of the weights, here in the first update, or the loss: what is
+    saved then is no less a state."""
+    step = ddpo.Run.step
+    spoil = not_finite([1], lambda gradient: gradient)
 
+    def spoiled(run):
+        run.policy.weights[0].grad = spoil(run.policy.weights[0].grad)
+        return step(run)
 
-def test_an_update_that_is_not_finite_is_skipped(start, tmp_path, monkeypatch):
-    """Here its gradient of one of the weights, in the test below its loss."""
-    add_lora = ddpo.add_lora
-    hook = not_finite([2], lambda gradient: gradient)
-
-    def add(*args):
-        weights = add_lora(*args)
-        weights[0].register_hook(hook)
-        return weights
-
-    monkeypatch.setattr(ddpo, "add_lora", add)
-    run = tmp_path / "run"
-    ddpo.main(start(run, epochs=1))
-    first = state_of(run)
-    ddpo.main(["--resume", str(run), "--epochs", "2"])
-    second = state_of(run)
-    assert [row["skipped"] for row in read_metrics(run)] == ["", "1", "0"]
-    assert [state["optimizer"]["state"][0]["step"] for state in (first, second)] == [1, 3]
-    assert numbers(first).isfinite().all() and numbers(second).isfinite().all()
-    for name, weights in first["weights"].items():  # it has gone on learning
-        assert (weights != second["weights"][name]).any()
-
-
-def test_nan_for_ever_stops_the_run(start, runs, tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    loss = not_finite(range(5, 1000), ddpo.clipped_loss)  # the first two epochs are good
-    monkeypatch.setattr(ddpo, "clipped_loss", loss)
-    line = failure(capsys, *start(run, epochs=9))
-    assert "no update of 3 epochs was finite" in line and "--lr" in line
-    assert how_to_go_on(line) == ["--resume", str(run)]
-    assert [row["skipped"] for row in read_metrics(run)] == ["", "0", "0", "2", "2", "2"]
-    for part in ("weights", "optimizer"):
-        assert plain(state_of(run)[part]) == plain(state_of(runs[2])[part])
-    assert contents(run)[LORA] == contents(runs[2])[LORA]
+    states = [state_of(run)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpo.Run, "step", spoiled)
+        resume(run, "--epochs", "3")
+    states.append(state_of(run))
+    monkeypatch.setitem(ddpo.OBJECTIVES, "clipped", not_finite([1, 2], ddpo.clipped_loss))
+    resume(run, "--epochs", "4")
+    states.append(state_of(run))
+    rows = read_metrics(run)
+    assert [row["skipped"] for row in rows] == ["", "0", "0", "1", "2"] and rows[4]["loss"] == "nan"
+    assert [state["optimizer"]["state"][0]["step"] for state in states] == [4, 5, 5]
+    before, after, same = (state["weights"] for state in states)
+    assert all(after[k].isfinite().all() and (after[k] != before[k]).any() for k in after)
+    assert plain(same) == plain(after)
+    assert plain(states[2]["optimizer"]) == plain(states[1]["optimizer"])
+    moments = states[2]["optimizer"]["state"].values()
+    assert all(part.isfinite().all() for moment in moments for part in moment.values())
 
 
 def test_out_of_gpu_memory(start, tmp_path, capsys, monkeypatch):
@@ -510,7 +539,7 @@ def test_out_of_gpu_memory(start, tmp_path, capsys, monkeypatch):
         advice = "More advice on a second line."
         raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried 20.00 GiB.\n{advice}")
 
-    monkeypatch.setattr(ddpo.Policy, "predict", greedy)
+    monkeypatch.setattr(ddpo.Run, "step", greedy)
     line = failure(capsys, *start(tmp_path / "run"))
-    assert "CUDA out of memory. Tried 20.00 GiB.; lower --sample-batch and --micro-batch" in line
-    assert "go on with: python ddpo.py --resume " in line and "\n" not in line
+    advice = "lower --batch-size, or add --save-memory"
+    assert f"CUDA out of memory. Tried 20.00 GiB.; {advice}; go on with: python " in line

@@ -4,6 +4,7 @@ a judge's Yes and No are the tokens that its template asks for. All of them, loa
 checkpoints, give an image the same score alone and in any batch. And that a mix is read as written,
 or refused in one line that says where and why."""
 
+import functools
 import re
 import shutil
 import traceback
@@ -25,16 +26,7 @@ import rewards
 PROMPTS = ["cat", "a big dog playing chess", "zebra", "a cat", "a very long story about a fox"]
 
 
-def some_images():
-    """Flat, a ramp, noise: ever harder to compress."""
-    flat = torch.full((3, 32, 32), 0.5)
-    ramp = torch.linspace(0, 1, 32).expand(3, 32, 32)
-    noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return torch.stack([flat, ramp, noise])
-
-
-def noisy_images():
-    return torch.rand(len(PROMPTS), 3, 24, 24, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.rand(len(PROMPTS), 3, 24, 24, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +36,6 @@ def hub(tmp_path_factory):
     tiny_models.save_clip(hub / "clip")
     tiny_models.save_laion_head(hub / "head" / "model.safetensors")
     tiny_models.save_laion_head(hub / "old-head" / "aesthetic-model.pth")
-    tiny_models.save_laion_head(hub / "pt-head" / "head.pt")
     tiny_models.save_llava(hub / "llava")
     tiny_models.save_llava(hub / "lined-llava", chat=tiny_models.LINED)
     tiny_models.save_idefics3(hub / "idefics3")
@@ -58,27 +49,23 @@ def load(mix, **options):
     return function
 
 
-def refused(mix, monitors="", flag="--reward"):
-    """The UserError with which load_rewards refuses; it is one line that begins with the flag."""
+def refusal(mix, monitors="", flag="--reward"):
+    """The message with which load_rewards refuses; it is one line that begins with the flag."""
     with pytest.raises(rewards.UserError) as error:
         rewards.load_rewards(mix, monitors)
     message = str(error.value)
-    assert message.startswith(f"{flag} ") and "\n" not in message
-    return error.value
-
-
-def refusal(mix, *where):
-    """The message of such an error that no other one is behind."""
-    error = refused(mix, *where)
-    assert error.__cause__ is None
-    return str(error)
+    assert message.startswith(f"{flag} ") and "\n" not in message and not error.value.__cause__
+    return message
 
 
 # ------------------------------------------------ the size of a file
 
 
 def test_size_is_that_of_the_file_in_kilobytes_of_1000(tmp_path):
-    images = some_images()
+    flat = torch.full((3, 32, 32), 0.5)
+    ramp = torch.linspace(0, 1, 32).expand(3, 32, 32)
+    noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([flat, ramp, noise])
     sizes = []
     for image in images:
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
@@ -90,21 +77,15 @@ def test_size_is_that_of_the_file_in_kilobytes_of_1000(tmp_path):
     assert got[0] < got[1] < got[2]
 
 
-@pytest.mark.parametrize("off", [-1e-3, 0.0, 1e-3])
-def test_pixels_are_rounded_not_cut_off(off):
+def test_pixels_are_rounded_not_cut_off_and_colours_and_sides_are_not_swapped():
     levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    # 0.999 is white; below 0 and above 1 stay black and white
-    (image,) = rewards.to_pil(levels / 255 + off)
-    assert [p[0] for p in zip(*[iter(image.tobytes())] * 3)] == list(range(256))
-
-
-def test_half_precision_is_rounded_to_the_same_levels():
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
-    for image, again in zip(rewards.to_pil(images), rewards.to_pil(images.float())):
+    for off in (-1e-3, 0.0, 1e-3):  # 0.999 is white; below 0 and above 1 stay black and white
+        (image,) = rewards.to_pil(levels / 255 + off)
+        assert [p[0] for p in zip(*[iter(image.tobytes())] * 3)] == list(range(256))
+    half = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for image, again in zip(rewards.to_pil(half), rewards.to_pil(half.float())):
         assert image.tobytes() == again.tobytes()
 
-
-def test_colours_and_sides_are_not_swapped():
     image = torch.zeros(1, 3, 4, 6)  # 4 high, 6 wide
     image[0, 0, 1, 5] = 1.0
     (pil,) = rewards.to_pil(image)
@@ -114,33 +95,26 @@ def test_colours_and_sides_are_not_swapped():
 
 # ------------------------------------------------ every reward
 
-MIXES = [
-    "compressibility",
-    "incompressibility",
-    "clipscore(HUB/clip)",
-    "pickscore(HUB/clip, HUB/clip)",
-    "aesthetic(HUB/clip, HUB/head)",
-    "vqa(HUB/llava)",
-    "vqa(HUB/idefics3)",
-    "alignment(HUB/llava, HUB/deberta, 2)",
-]
+MIXES = ["compressibility", "incompressibility", "clipscore(HUB/clip)",
+         "pickscore(HUB/clip, HUB/clip)", "aesthetic(HUB/clip, HUB/head)", "vqa(HUB/llava)",
+         "vqa(HUB/idefics3)", "alignment(HUB/llava, HUB/deberta, 2)"]
 
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_an_image_scores_the_same_alone_and_in_any_batch(hub, mix):
     mix = mix.replace("HUB", str(hub))
-    images = noisy_images()
     order = [2, 0, 4, 1, 3]
+    alone = 2 if mix.startswith("alignment") else 5  # as its answers are long
     ((label, weight, reward),) = rewards.load_rewards(mix)
-    together = reward(images, PROMPTS)
+    together = reward(IMAGES, PROMPTS)
     assert (label, weight) == (mix, 1.0)
     assert together.shape == (5,) and together.dtype == torch.float32
     assert not together.requires_grad
     assert together.std() > 1e-3  # else the rest would prove nothing
-    shuffled = reward(images[order], [PROMPTS[i] for i in order])
+    shuffled = reward(IMAGES[order], [PROMPTS[i] for i in order])
     assert torch.allclose(shuffled, together[order], atol=1e-5)
-    alone = [reward(image[None], [prompt]) for image, prompt in zip(images, PROMPTS)]
-    assert torch.allclose(torch.cat(alone), together, atol=1e-5)
+    for i in range(alone):
+        assert torch.allclose(reward(IMAGES[i : i + 1], PROMPTS[i : i + 1]), together[i], atol=1e-5)
 
 
 def test_models_are_in_float32_on_the_cpu_and_without_dropout(hub, tmp_path):
@@ -158,8 +132,8 @@ def test_models_are_in_half_precision_on_cuda(hub, tmp_path, saved, used):
     net = rewards.load_model(AutoModel, tmp_path, "cuda")
     assert net.dtype == getattr(torch, used) and net.device.type == "cuda"
     mix = f"clipscore({hub / 'clip'})"
-    on_cpu = load(mix)(noisy_images(), PROMPTS)
-    on_cuda = load(mix, device="cuda")(noisy_images().cuda(), PROMPTS).cpu()
+    on_cpu = load(mix)(IMAGES, PROMPTS)
+    on_cuda = load(mix, device="cuda")(IMAGES.cuda(), PROMPTS).cpu()
     assert torch.allclose(on_cpu, on_cuda, atol=0.02)
 
 
@@ -178,32 +152,26 @@ def test_libraries_are_silent_but_for_downloads(monkeypatch):
 # ------------------------------------------------ CLIP and the aesthetic head
 
 
-def clip_reference(hub, images, prompts):
-    """What CLIPModel itself makes of images and prompts."""
+def clip_reference(hub):
+    """What CLIPModel itself makes of images and prompts; its embeddings have unit length."""
     prepare = AutoProcessor.from_pretrained(hub / "clip")
-    texts = {"text": prompts, "padding": True, "truncation": True, "max_length": 12}
+    texts = {"text": PROMPTS, "padding": True, "truncation": True, "max_length": 12}
     with torch.no_grad():
         net = CLIPModel.from_pretrained(hub / "clip").eval()
-        return net(**prepare(images=rewards.to_pil(images), return_tensors="pt", **texts))
+        return net(**prepare(images=rewards.to_pil(IMAGES), return_tensors="pt", **texts))
 
 
 def test_clip_rewards_are_the_models_own_logits(hub):
-    images = noisy_images()
-    logits = clip_reference(hub, images, PROMPTS).logits_per_image.diag()
-    picked = load(f"pickscore({hub / 'clip'}, {hub / 'clip'})")(images, PROMPTS)
+    reference = clip_reference(hub)
+    logits = reference.logits_per_image.diag()
+    picked = load(f"pickscore({hub / 'clip'}, {hub / 'clip'})")(IMAGES, PROMPTS)
     assert torch.allclose(picked, logits, atol=1e-5)
-    cosine = load(f"clipscore({hub / 'clip'})")(images, PROMPTS)
+    cosine = load(f"clipscore({hub / 'clip'})")(IMAGES, PROMPTS)
     assert torch.allclose(cosine, logits / torch.tensor(2.0).exp(), atol=1e-6)
-
-
-def test_load_clip_sees_pictures_and_reads_prompts_as_unit_vectors(hub):
-    see, read, scale = rewards.load_clip(hub / "clip", hub / "clip", "cpu")
-    reference = clip_reference(hub, noisy_images(), PROMPTS)  # which are unit vectors, too
+    see, read, scale = rewards.load_clip(hub / "clip", hub / "clip", "cpu")  # for one's own
     with torch.no_grad():
-        seen = see(rewards.to_pil(noisy_images()))
-        said = read(PROMPTS)
-    assert torch.allclose(seen, reference.image_embeds, atol=1e-6)
-    assert torch.allclose(said, reference.text_embeds, atol=1e-6)
+        assert torch.allclose(see(rewards.to_pil(IMAGES)), reference.image_embeds, atol=1e-6)
+        assert torch.allclose(read(PROMPTS), reference.text_embeds, atol=1e-6)
     assert scale.item() == pytest.approx(torch.tensor(2.0).exp().item())
 
 
@@ -217,23 +185,11 @@ def trained_head():
     return net.eval()
 
 
-HEADS = [
-    "head",
-    "head/model.safetensors",
-    "old-head",
-    "old-head/aesthetic-model.pth",
-    "pt-head",
-    "pt-head/head.pt",
-]
-
-
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["head", "head/model.safetensors", "old-head"])
 def test_aesthetic_head_is_the_network_that_was_trained(hub, head):
-    images = noisy_images()
-    embeds = clip_reference(hub, images, PROMPTS).image_embeds  # CLIPModel's have unit length
     with torch.no_grad():
-        expected = trained_head()(embeds).flatten()
-    got = load(f"aesthetic({hub / 'clip'}, {hub / head})")(images, ["any"] * 5)
+        expected = trained_head()(clip_reference(hub).image_embeds).flatten()
+    got = load(f"aesthetic({hub / 'clip'}, {hub / head})")(IMAGES, ["any"] * 5)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -245,8 +201,8 @@ def test_a_head_that_is_no_file_comes_from_the_hub(hub, monkeypatch):
         return str(hub / "head")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    got = load(f"aesthetic({hub / 'clip'}, some/head)")(noisy_images(), PROMPTS)
-    local = load(f"aesthetic({hub / 'clip'}, {hub / 'head'})")(noisy_images(), PROMPTS)
+    got = load(f"aesthetic({hub / 'clip'}, some/head)")(IMAGES, PROMPTS)
+    local = load(f"aesthetic({hub / 'clip'}, {hub / 'head'})")(IMAGES, PROMPTS)
     assert torch.equal(got, local) and fetched == ["some/head"]
 
 
@@ -259,7 +215,7 @@ def test_safetensors_are_preferred_to_a_pickle_and_no_pickle_runs_code(hub, tmp_
     mix = f"aesthetic({hub / 'clip'}, {tmp_path})"
     assert "Weights only load failed" in refusal(mix) and not (tmp_path / "executed").exists()
     tiny_models.save_laion_head(tmp_path / "b.safetensors")
-    assert load(mix)(noisy_images(), PROMPTS).shape == (5,)
+    assert load(mix)(IMAGES, PROMPTS).shape == (5,)
 
 
 # ------------------------------------------------ vision-language models
@@ -289,28 +245,15 @@ def test_judge_gives_the_probability_of_yes_against_no(hub, name, chat, yes, no)
     net, prepare = open_vlm(hub / name)
     vocab = prepare.tokenizer.get_vocab()
     expected = []
-    for image, prompt in zip(rewards.to_pil(noisy_images()), PROMPTS):
+    for image, prompt in zip(rewards.to_pil(IMAGES), PROMPTS):
         text = question(chat, f'Does this figure show "{prompt}"? Please answer Yes or No.')
         inputs = prepare(images=[image], text=[text.removeprefix("<s>")], return_tensors="pt")
         assert inputs["input_ids"][0].tolist().count(1) == 1  # <s>
         with torch.no_grad():
             p = net(**inputs).logits[0, -1].softmax(-1)
         expected.append(p[vocab[yes]] / (p[vocab[yes]] + p[vocab[no]]))
-    got = load(f"vqa({hub / name})")(noisy_images(), PROMPTS)
+    got = load(f"vqa({hub / name})")(IMAGES, PROMPTS)
     assert torch.allclose(got, torch.stack(expected), atol=1e-5)
-
-
-def greedy_answer(net, prepare, image, text):
-    """An answer of at most 64 tokens, one forward pass over everything for each."""
-    inputs = prepare(images=[image], text=[text], return_tensors="pt")
-    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
-    start = ids.shape[1]
-    while ids.shape[1] < start + 64 and ids[0, -1] != 2:  # </s>
-        mask = torch.ones_like(ids)
-        with torch.no_grad():
-            logits = net(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
-        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-    return prepare.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
 def recall(hub, monkeypatch, answers, prompts, layer):
@@ -329,22 +272,20 @@ def recall(hub, monkeypatch, answers, prompts, layer):
 def test_alignment_recalls_the_prompt_in_the_greedy_answer(hub, monkeypatch):
     net, prepare = open_vlm(hub / "llava")
     text = question("spaced", "Answer concisely: what is going on in this image?")
-    images = rewards.to_pil(noisy_images())
-    answers = [greedy_answer(net, prepare, image, text) for image in images]
-    assert len(set(answers)) == 5
-    got = load(f"alignment({hub / 'llava'}, {hub / 'deberta'}, 2)")(noisy_images(), PROMPTS)
-    expected = recall(hub, monkeypatch, answers, PROMPTS, layer=2)
+    answers = []
+    for image in rewards.to_pil(IMAGES[:3]):
+        inputs = prepare(images=[image], text=[text], return_tensors="pt")
+        ids = net.generate(**inputs, max_new_tokens=64, do_sample=False)[0]
+        answer = ids[inputs["input_ids"].shape[1] :]
+        answers.append(prepare.tokenizer.decode(answer, skip_special_tokens=True))
+    assert len(set(answers)) == 3
+    got = load(f"alignment({hub / 'llava'}, {hub / 'deberta'}, 2)")(IMAGES[:3], PROMPTS[:3])
+    expected = recall(hub, monkeypatch, answers, PROMPTS[:3], layer=2)
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-ANSWERS = [
-    "a dog on a mat",
-    "The image contains a dog",
-    "x",
-    " The [SEP] image, twice: [SEP] image\n",
-    "long " * 60,
-    "une télé",
-]
+ANSWERS = ["a dog on a mat", "The image contains a dog", "x",
+           " The [SEP] image, twice: [SEP] image\n", "long " * 60, "une télé"]
 DESCRIBED = ["a dog", "a dog", "a zebra", "a small b", "a long bike ride", "é"]
 
 
@@ -373,10 +314,7 @@ def test_a_judge_that_cannot_tell_yes_from_no_is_refused(tmp_path):
     path = tiny_models.save_llava(tmp_path / "letters", **letters)
     assert f"{path} begins Yes and No with the same token" in refusal(f"vqa({path})")
     # This template leaves the answer out.
-    forgetful = (
-        "{% for turn in messages %}{{ turn.role }}<image>{% endfor %}"
-        "{{ 'say:' if add_generation_prompt }}"
-    )
+    forgetful = "{% for m in messages %}<image>{% endfor %}{{ 'say' if add_generation_prompt }}"
     path = tiny_models.save_llava(tmp_path / "forgetful", chat=forgetful)
     assert refusal(f"vqa({path})").startswith(f"--reward vqa({path}) does not load")
 
@@ -388,16 +326,15 @@ def test_what_cannot_be_fetched_is_named_with_the_way_to_name_others(hub, tmp_pa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     # transformers 4 keeps its own
     monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", True, raising=False)
-    hint = 'does not load; other models or local folders: "aesthetic(CLIP, HEAD)" ('
+    hint = "does not load; other models or local folders: "
     message = refusal("0.5*aesthetic")
-    assert message.startswith(f"--reward 0.5*aesthetic {hint}")
     assert re.search("outgoing traffic has been disabled|couldn't connect", message)
-    for term in (f"aesthetic({hub / 'clip'})", f"aesthetic({hub / 'clip'}, {tmp_path})"):
-        assert refusal(term).startswith(f"--reward {term} {hint}")
+    clip = hub / "clip"
+    for term in ("0.5*aesthetic", f"aesthetic({clip})", f"aesthetic({clip}, {tmp_path})"):
+        assert refusal(term).startswith(f'--reward {term} {hint}"aesthetic(CLIP, HEAD)" (')
     term = f"vqa({tmp_path})"
-    message = refused("compressibility", term, flag="--monitor")
-    hint = 'does not load; other models or local folders: "vqa(VLM)" ('
-    assert str(message).startswith(f"--monitor {term} {hint}")
+    message = refusal("compressibility", term, flag="--monitor")
+    assert message.startswith(f'--monitor {term} {hint}"vqa(VLM)" (')
 
 
 def test_missing_weights_are_not_made_up(hub, tmp_path):
@@ -407,38 +344,23 @@ def test_missing_weights_are_not_made_up(hub, tmp_path):
     save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
     message = refusal(f"clipscore({tmp_path / 'clip'})")
     assert re.search(r"clip lacks weights: .'visual_projection.weight'", message)
-    layers = tiny_models.laion_layers()
-    del layers["layers.4.weight"]
-    save_file(layers, tmp_path / "head.safetensors")
-    message = refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'head.safetensors'})")
-    assert message.endswith("('layers.4.weight')")
 
 
 def test_models_that_do_not_fit_are_refused_before_sampling(hub, tmp_path):
-    head = tiny_models.save_laion_head(tmp_path / "wide.safetensors", dim=9)
-    assert "size mismatch" in refusal(f"aesthetic({hub / 'clip'}, {head})")
+    def with_head(layers):
+        save_file(layers, tmp_path / "head.safetensors")
+        return refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'head.safetensors'})")
+
+    layers = tiny_models.laion_layers()
+    assert "size mismatch" in with_head(tiny_models.laion_layers(dim=9))
+    assert "NaN" in with_head({**layers, "layers.7.bias": torch.tensor([torch.nan])})
+    del layers["layers.4.weight"]
+    assert with_head(layers).endswith("('layers.4.weight')")
     assert "index out of range" in refusal(f"alignment({hub / 'llava'}, {hub / 'deberta'})")
     assert "has no attribute" in refusal(f"clipscore({hub / 'deberta'})")
-    weights = load_file(hub / "head" / "model.safetensors")
-    weights["layers.7.bias"][:] = float("nan")
-    save_file(weights, tmp_path / "nan.safetensors")
-    assert "NaN" in refusal(f"aesthetic({hub / 'clip'}, {tmp_path / 'nan.safetensors'})")
 
 
 # ------------------------------------------------ explained
-
-
-def explanation(error, context=None):
-    """What `explained` makes of an error that was raised while another one was handled."""
-    with pytest.raises(rewards.UserError) as raised, rewards.explained("mistake"):
-        try:
-            raise context or KeyError("unused")
-        except Exception:
-            if context:
-                raise error
-        raise error
-    assert raised.value.__cause__ is None and raised.value.__suppress_context__
-    return str(raised.value)
 
 
 class HubError(OSError):
@@ -450,18 +372,25 @@ class HubError(OSError):
 REASONS = [
     (ValueError("bad value"), None, "bad value"),
     (RuntimeError("unexpected pos"), OSError("disk full"), "disk full"),  # as torch.save
-    (OSError("no file named x"), FileNotFoundError("no connection\nto y"), "no connection"),
+    (OSError("no file named x"), FileNotFoundError("no way\n to y"), "no way to y"),
     (OSError("no such model"), HubError("404 Client Error"), "no such model"),  # as transformers
     (RuntimeError("y"), KeyError("x"), "y"),
-    (ValueError("\n first\nsecond"), None, "first"),
+    (ValueError("\n first\nsecond"), None, "first second"),
     (ValueError(), None, "ValueError()"),
-    (ValueError("a" * 1000), None, "a" * 250),
+    (ValueError("a" * 1000), None, "a" * 400),
 ]
 
 
 @pytest.mark.parametrize("error, context, reason", REASONS)
-def test_the_first_line_of_the_reason_is_told(error, context, reason):
-    assert explanation(error, context) == f"mistake ({reason})"
+def test_the_reason_is_told_in_one_line(error, context, reason):
+    """That of an error raised while another one was handled, or of one alone."""
+    with pytest.raises(rewards.UserError) as raised, rewards.explained("mistake"):
+        try:
+            raise context or error
+        except Exception:
+            raise error
+    assert str(raised.value) == f"mistake ({reason})"
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__
 
 
 def test_a_user_error_and_an_exit_are_passed_on_as_they_are():
@@ -511,7 +440,7 @@ def test_what_cannot_be_read_is_refused_with_the_way_to_write_it(letters, mix):
     assert "compressibility, incompressibility, a, b, c-d, aesthetic, " in message
     assert "path/to/file.py:function" in message
     if mix and "," not in mix:
-        monitor = str(refused("c-d", mix, flag="--monitor"))
+        monitor = refusal("c-d", mix, flag="--monitor")
         assert monitor.startswith(f"--monitor {mix}: unknown; write A, ")
 
 
@@ -526,9 +455,11 @@ def test_names_are_looked_up_before_any_model_is_loaded(monkeypatch):
     for mix in ("slow + beauty", "slow - compressibility(x)", "slow + nowhere.py:f"):
         name = mix.split()[-1]
         assert re.match(rf"--reward (- )?{re.escape(name)}: unknown", refusal(mix))
-    assert refusal("slow + 2*slow") == "--reward slow: two terms have this name"
-    twice = refused("slow", "compressibility, slow", flag="--monitor")
-    assert str(twice) == "--monitor slow: two terms have this name"
+    assert refusal("slow + 2*slow").startswith("--reward slow: another term")
+    twice = refusal("slow", "compressibility, slow", flag="--monitor")
+    assert twice.startswith("--monitor slow: another term")
+    with pytest.raises(rewards.UserError, match="--reward slow: .* or a column of metrics.csv"):
+        rewards.load_rewards("slow", taken=["loss", "slow"])
     assert not loaded
     message = refusal("slow(a, b, c)")
     assert '"slow(MODEL, SECOND)" (' in message and "positional arguments" in message
@@ -553,75 +484,103 @@ def test_names_are_looked_up_before_any_model_is_loaded(monkeypatch):
 MINE = """
 from __future__ import annotations
 import dataclasses
+import neighbour
+
+print("imported")
 
 @dataclasses.dataclass  # needs its module in sys.modules
 class Box:
     size: int
 
 def redness(images, prompts):
-    return images[:, 0].mean((1, 2)) * Box(2).size
+    return images[:, 0].mean((1, 2)) * Box(neighbour.TWO).size
 
+greyness = redness
 constant = 3
 """
 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """my-own+file.py in the working directory."""
+    """my-own+file.py in the working directory, which imports another file there."""
     (tmp_path / "my-own+file.py").write_text(MINE)
+    (tmp_path / "neighbour.py").write_text("TWO = 2\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_a_function_of_a_file_is_a_reward(mine):
+def test_a_function_of_a_file_is_a_reward(mine, capsys):
     for name in ("my-own+file.py:redness", f"{mine}/my-own+file.py:redness"):
-        found = rewards.load_rewards(f"-0.5*{name} + compressibility")
-        assert [(label, weight) for label, weight, _ in found] == [
-            ("redness", -0.5),
-            ("compressibility", 1.0),
-        ]
-        expected = 2 * some_images()[:, 0].mean((1, 2))
-        assert torch.allclose(found[0][2](some_images(), ["a"] * 3), expected)
+        found = rewards.load_rewards(f"-0.5*{name} + compressibility", "my-own+file.py:greyness")
+        labels = [(label, weight) for label, weight, _ in found]
+        assert labels == [("redness", -0.5), ("compressibility", 1.0), ("greyness", 0.0)]
+        assert torch.allclose(found[0][2](IMAGES, PROMPTS), 2 * IMAGES[:, 0].mean((1, 2)))
+    assert capsys.readouterr().out == "imported\n", "once, whatever it is called"
     twice = refusal(f"my-own+file.py:redness + {mine}/my-own+file.py:redness")
-    assert twice == "--reward redness: two terms have this name"
+    assert twice.startswith("--reward redness: another term")
 
 
-def test_a_python_function_is_a_reward():
-    def darkness(images, prompts):
-        return -images.mean((1, 2, 3))
-
-    found = rewards.load_rewards(darkness, "compressibility")
-    assert found == [("darkness", 1.0, darkness), ("compressibility", 0.0, rewards.compressibility)]
-    twice = refused(rewards.compressibility, "compressibility", flag="--monitor")
-    assert str(twice) == "--monitor compressibility: two terms have this name"
-
-
-def test_the_example_scores_red_as_it_says():
-    colours = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 8, 8)  # red, green, blue
-    redness = load(f"{Path(rewards.__file__).parent / 'examples' / 'my_reward.py'}:redness")
-    assert redness(colours, ["any"] * 3).tolist() == [1.0, -0.5, -0.5]
-
-
-@pytest.mark.parametrize("function", ["blueness", "constant", "redness(3)"])
+@pytest.mark.parametrize("function", ["blueness", "constant"])
 def test_what_a_file_does_not_have_is_named(mine, function):
-    message = refusal(f"my-own+file.py:{function}")
-    assert message.startswith(f"--reward my-own+file.py:{function}: unknown")
+    with pytest.raises(rewards.UserError) as error:
+        rewards.load_rewards(f"my-own+file.py:{function}")
+    assert str(error.value) == f"{mine}/my-own+file.py has no function {function}"
+    assert refusal("my-own+file.py:redness(3)").startswith("--reward my-own+file.py:redness(3): un")
+
+
+@pytest.mark.parametrize("name", ["rewards", "json", "my-own+file"])
+def test_a_file_with_the_name_of_another_module_is_refused(mine, name):
+    load("my-own+file.py:redness")
+    (mine / "below").mkdir()
+    (mine / "below" / f"{name}.py").write_text("def f(images, prompts):\n    return 0\n")
+    with pytest.raises(rewards.UserError, match=f"another module is called {re.escape(name)}"):
+        rewards.load_rewards(f"below/{name}.py:f")
+
+
+class Darkness:
+    def __call__(self, images, prompts, power=1):
+        return -images.mean((1, 2, 3)) ** power
+
+
+@pytest.mark.parametrize(
+    "function, label",
+    [
+        (lambda images, prompts: 0, "lambda"),
+        (Darkness(), "Darkness"),
+        (functools.partial(Darkness(), power=2), "Darkness"),
+        (rewards.incompressibility, "incompressibility"),
+    ],
+)
+def test_a_python_function_is_a_reward(function, label):
+    found = rewards.load_rewards(function, "compressibility")
+    assert found == [(label, 1.0, function), ("compressibility", 0.0, rewards.compressibility)]
+    twice = refusal(function, "compressibility, compressibility", flag="--monitor")
+    assert twice.startswith("--monitor compressibility: another term")
+
+
+def test_the_examples_score_as_they_say():
+    path = Path(rewards.__file__).parent / "examples" / "my_reward.py"
+    colours = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 8, 8)  # red, green, blue
+    assert load(f"{path}:redness")(colours, ["any"] * 3).tolist() == [1.0, -0.5, -0.5]
+    greys = torch.tensor([0.0, 0.5, 1.0, 0.2, 0.2, 0.7]).view(6, 1, 1, 1).expand(6, 3, 8, 8)
+    distances = load(f"{path}:diversity")(greys, ["a", "a", "a", "b", "b", "c"])
+    torch.testing.assert_close(distances, torch.tensor([0.75, 0.5, 0.75, 0.0, 0.0, 0.0]))
 
 
 BROKEN = [
-    ("import json\n\njson.loads('{')\n", "JSONDecodeError"),
-    ("import nowhere_to_be_found\n", "ModuleNotFoundError"),
-    ("raise SystemExit('usage: ...')\n", "SystemExit"),
-    ("x = 1\ny = (\n", "SyntaxError"),
-    ("raise ValueError('two\\nlines')\n", "ValueError"),
+    ("import json\n\njson.loads('{')\n", ValueError),
+    ("import nowhere_to_be_found\n", ModuleNotFoundError),
+    ("raise SystemExit('usage: ...')\n", SystemExit),
+    ("x = 1\ny = (\n", SyntaxError),
 ]
 
 
 @pytest.mark.parametrize("text, kind", BROKEN)
-def test_an_error_in_a_file_of_ones_own_is_named_and_kept_as_the_cause(mine, text, kind):
+def test_an_error_in_a_file_of_ones_own_is_its_authors_to_see(mine, text, kind):
     (mine / "broken.py").write_text(text)
-    error = refused("compressibility + 2*broken.py:f")
-    start = f"--reward 2*broken.py:f: broken.py does not load ({kind}("
-    assert str(error).startswith(start) and type(error.__cause__).__name__ == kind
-    printed = "".join(traceback.format_exception(error.__cause__))
+    with pytest.raises(kind) as error:
+        rewards.load_rewards("compressibility + 2*broken.py:f")
+    printed = "".join(traceback.format_exception(error.value))
     assert 'broken.py", line ' in printed, "who sees it printed finds the place"
+    (mine / "broken.py").write_text("def f(images, prompts):\n    return [7]\n# longer than before")
+    assert load("broken.py:f")(None, None) == [7], "half of a module was kept"

@@ -1,19 +1,20 @@
-"""Proves that examples/variance.py finds how much of a reward each noise decides: of a chain that
-is linear in its noise the shares are known."""
+"""Proves that examples/experiments/variance.py finds how much of a reward each noise decides: of a
+chain that is linear in its noise the shares are known."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from test_objectives import OneNumberPolicy
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import ddpo
+
+sys.path.insert(0, str(ddpo.EXAMPLES / "experiments"))
 import variance
 
 
 def test_shares_are_those_of_a_linear_chain():
-    policy = OneNumberPolicy(3)
+    policy = OneNumberPolicy()
     policy.decode = lambda x: x
     scheduler = policy.scheduler
 

@@ -1,36 +1,14 @@
 """Tiny random models for the tests of rewards.py, saved in the hub's layout so that the real
 loading code runs on them."""
 
-import json
-
 import torch
+import transformers
+from conftest import TEXT, letters_tokenizer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    DebertaConfig,
-    DebertaModel,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3ImageProcessor,
-    Idefics3Processor,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
-TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 2}
 VISION = {"image_size": 16, "patch_size": 8, **TOWER}
 PIXELS = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 
@@ -58,23 +36,15 @@ def roughen(model, scale):
 # ------------------------------------------------ CLIP, the aesthetic head
 
 
-def save_clip(folder, projection_dim=8):
+def save_clip(folder):
     """A CLIP that knows the letters a to z and reads at most 12 tokens, which its tokenizer's files
     do not say."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    CLIPImageProcessor(**PIXELS).save_pretrained(folder)
-    ids = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
-    text = {"vocab_size": len(tokens), "max_position_embeddings": 12, **ids, **TOWER}
-    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=projection_dim)
-    model = roughen(CLIPModel(config), 0.2)
+    letters_tokenizer(folder).save_pretrained(folder)
+    transformers.CLIPImageProcessor(**PIXELS).save_pretrained(folder)
+    parts = {"text_config": {**TOWER, **TEXT}, "vision_config": VISION, "projection_dim": 8}
+    model = roughen(transformers.CLIPModel(transformers.CLIPConfig(**parts)), 0.2)
     model.logit_scale.data.fill_(2.0)
     model.save_pretrained(folder)
-    return folder
 
 
 def laion_layers(dim=8):
@@ -116,25 +86,21 @@ def bpe_tokenizer(words, special, ends, **names):
     around = [(token, i) for i, token in enumerate(special) if token in ends]
     tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=around)
     names["additional_special_tokens"] = special
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def chat_tokenizer(words=("Yes", "No", "figure", "image"), special=()):
     """Begins every text with <s>, as LLaVA's does."""
-    names = {
-        "pad_token": "<pad>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "extra_special_tokens": {"image_token": "<image>"},
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>",
+             "extra_special_tokens": {"image_token": "<image>"},
+             "model_input_names": ["input_ids", "attention_mask"]}
     return bpe_tokenizer(words, ["<pad>", "<s>", "</s>", "<image>", *special], "<s> $A", **names)
 
 
 def language_model(tokenizer):
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     sizes = {"max_position_embeddings": 512, "num_key_value_heads": 2, **TOWER}
-    return LlamaConfig(vocab_size=len(tokenizer), **ids, **sizes)
+    return transformers.LlamaConfig(vocab_size=len(tokenizer), **ids, **sizes)
 
 
 def save_vlm(folder, model, processor):
@@ -147,21 +113,14 @@ def save_vlm(folder, model, processor):
 def save_llava(folder, chat=SPACED, **tokenizer):
     """A LLaVA; an image of 16 x 16 pixels becomes 4 tokens."""
     tokenizer = chat_tokenizer(**tokenizer)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION),
-        text_config=language_model(tokenizer),
-        image_token_index=3,
-        image_seq_length=4,
-    )
-    processor = LlavaProcessor(
-        CLIPImageProcessor(**PIXELS),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat,
-    )
-    return save_vlm(folder, LlavaForConditionalGeneration(config), processor)
+    parts = {"vision_config": transformers.CLIPVisionConfig(**VISION),
+             "text_config": language_model(tokenizer)}
+    config = transformers.LlavaConfig(**parts, image_token_index=3, image_seq_length=4)
+    pixels = transformers.CLIPImageProcessor(**PIXELS)
+    tokens = {"patch_size": 8, "vision_feature_select_strategy": "default",
+              "num_additional_image_tokens": 1}
+    processor = transformers.LlavaProcessor(pixels, tokenizer, chat_template=chat, **tokens)
+    return save_vlm(folder, transformers.LlavaForConditionalGeneration(config), processor)
 
 
 def save_idefics3(folder, chat=SPACED):
@@ -170,16 +129,13 @@ def save_idefics3(folder, chat=SPACED):
     tiles = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
     marks = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
     tokenizer = chat_tokenizer(special=marks)
-    config = Idefics3Config(
-        vision_config=VISION,
-        text_config=language_model(tokenizer),
-        image_token_id=3,
-        scale_factor=2,
-        pad_token_id=0,
-    )
-    images = Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=chat)
-    return save_vlm(folder, Idefics3ForConditionalGeneration(config), processor)
+    parts = {"vision_config": VISION, "text_config": language_model(tokenizer)}
+    config = transformers.Idefics3Config(**parts, image_token_id=3, scale_factor=2, pad_token_id=0)
+    sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+    tokens = {"image_seq_len": 1, "chat_template": chat}
+    images = transformers.Idefics3ImageProcessor(**sizes)
+    processor = transformers.Idefics3Processor(images, tokenizer, **tokens)
+    return save_vlm(folder, transformers.Idefics3ForConditionalGeneration(config), processor)
 
 
 def save_deberta(folder):
@@ -193,5 +149,5 @@ def save_deberta(folder):
     tokenizer.save_pretrained(folder)
     relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pad_token_id": 0}
     sizes = {**TOWER, "num_hidden_layers": 3, "vocab_size": len(tokenizer)}
-    roughen(DebertaModel(DebertaConfig(**sizes, **relative)), 0.2).save_pretrained(folder)
-    return folder
+    model = transformers.DebertaModel(transformers.DebertaConfig(**sizes, **relative))
+    roughen(model, 0.2).save_pretrained(folder)

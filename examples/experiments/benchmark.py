@@ -1,23 +1,25 @@
 """How fast ddpo.py samples and learns here, and how much of that time is the network itself.
 
-    python examples/benchmark.py               # the bundled model, in two minutes on one CPU core
-    python examples/benchmark.py --arch sd15   # Stable Diffusion 1.5 at 512 x 512, for a GPU
-    python examples/benchmark.py --arch sdxl --json FILE   # XL base 1.0 at 1024 x 1024
+    cd examples/experiments
+    python benchmark.py               # the bundled model, in two minutes on one CPU core
+    python benchmark.py --arch sd15   # Stable Diffusion 1.5 at 512 x 512, for a GPU
+    python benchmark.py --arch sdxl --json FILE   # XL base 1.0 at 1024 x 1024
 
 FILE, a new one, gets all the numbers. --arch builds the model from its published configuration
-with random weights, which are as fast as trained ones, without a download. Any flag of ddpo.py can
-be added (--precision, --sample-batch, --micro-batch, --steps, --lora-rank, --reward, ...).
+with random weights, which are as fast as trained ones, without a download; the other settings are
+those of examples/stable-diffusion.flags or stable-diffusion-xl.flags. Any flag of ddpo.py can be
+added (--precision, --batch-size, --steps, --lora-rank, --reward, ...).
 
 A batch is sampled, decoded and scored, and then learned from. Each of these is timed --repeats
 times after a warm-up; medians count. All denoising steps cost the same, so only the first
 --measure-steps are run. The batch is copied if need be, to learn from at least two calls of
---micro-batch pairs; optimizer steps are as rare as in a real epoch, but there is one at least.
+--batch-size pairs; optimizer steps are as rare as in a real epoch, but there is one at least.
 
 Sampling and update take turns with their floor: the same UNet, called as often with inputs of the
 same shape (twice the batch with guidance), dtype and autocast, and nothing else. For sampling that
 is the forward pass without the LoRA, for the update forward with it and backward, from the mean
 square of the guided prediction to the weights in training. What a flag does to the UNet
-(--grad-checkpointing) it does to the floor too: compare two commands by `per second`, not by
+(--save-memory) it does to the floor too: compare two commands by `per second`, not by
 `ratio`.
 
     calls       of the network in what was timed: for a batch of images, or the (image, step) pairs
@@ -44,7 +46,7 @@ import diffusers
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ddpo
 import rewards
 from ddpo import UserError, explained
@@ -81,7 +83,7 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
           "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu"}  # fmt: skip
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
-BATCHES = {"sdxl": ["--sample-batch=4"]}  # to decode more at once would take tens of GB
+FLAGS = {"sd15": "stable-diffusion.flags", "sdxl": "stable-diffusion-xl.flags"}  # in examples
 
 
 def random_pipeline(arch, device):
@@ -95,7 +97,7 @@ def random_pipeline(arch, device):
         if arch == "sdxl":
             config = transformers.CLIPTextConfig(**CLIP_G)
             text.append(transformers.CLIPTextModelWithProjection(config))
-    vocabulary = ddpo.EXAMPLES / "emoji-diffusion/tokenizer"
+    vocabulary = ddpo.EXAMPLES / "models/emoji-diffusion/tokenizer"
     tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary, model_max_length=77)
     tokenizers = [tokenizer] * len(text)
     parts = (vae, *text, *tokenizers, unet, diffusers.DDIMScheduler(**SCHEDULER))
@@ -177,8 +179,12 @@ class Laps:
 def load_policy(settings, device, arch):
     """The policy of the settings, but with the model of `arch` if there is one."""
 
-    def make(model):
-        return random_pipeline(arch, device)
+    def make(model, dtype):
+        pipe = random_pipeline(arch, device)
+        pipe.unet.to(dtype)
+        for encoder in (pipe.text_encoder, getattr(pipe, "text_encoder_2", pipe.text_encoder)):
+            encoder.to("cpu")  # where ddpo.py has them read the prompts
+        return pipe
 
     torch.set_flush_denormal(True)  # as ddpo.launch does
     load = make if arch else ddpo.load_pipeline
@@ -195,21 +201,21 @@ def measure(settings, repeats, measure_steps, arch=None):
     terms = rewards.load_rewards(s.reward, s.monitor, reward_device)
     noise, choice = ddpo.random_numbers(s, 0, device)
     policy = load_policy(s, device, arch)
-    batch = min(s.sample_batch, s.images_per_epoch)
+    batch = min(s.batch_size, s.images_per_epoch)
     steps = min(measure_steps, s.steps)
-    trained = policy.steps_learned  # of an image, in training
+    trained = len(policy.trained_steps)  # of an image, in training
     policy.scheduler.timesteps = policy.scheduler.timesteps[:steps]
     policy.trained_steps = policy.trained_steps[policy.trained_steps < steps]
-    policy.steps_learned = min(trained, len(policy.trained_steps))
-    if not policy.steps_learned:
+    learned = len(policy.trained_steps)
+    if not learned:
         what = f"--min-std {s.min_std} leaves out the first {steps} steps"
         raise UserError(f"{what}: use more --measure-steps")
 
     # How much there is to learn from, and with how many optimizer steps.
     share = s.images_per_epoch // s.updates_per_epoch * trained  # pairs of a step in training
-    wanted = 2 * min(policy.micro_batch, share)
-    copies = math.ceil(wanted / (batch * policy.steps_learned))
-    pairs = copies * batch * policy.steps_learned
+    wanted = 2 * min(policy.batch_size, share)
+    copies = math.ceil(wanted / (batch * learned))
+    pairs = copies * batch * learned
     updates = max(1, min(pairs // share, s.updates_per_epoch))
     while copies * batch % updates or s.images_per_epoch % updates:
         updates -= 1
@@ -220,7 +226,8 @@ def measure(settings, repeats, measure_steps, arch=None):
     adv = torch.linspace(-1, 1, batch * copies, device=device)
 
     def samples(x, logp):
-        return x.repeat(copies, 1, 1, 1, 1), logp.repeat(copies, 1), cond, adv
+        x = x.repeat(copies, 1, 1, 1, 1)
+        return ddpo.Samples(prompts * copies, cond, x, logp.repeat(copies, 1), None, adv)
 
     x_T = torch.randn(batch, *policy.latent_shape, generator=noise, device=device)
     (x, logp), sampling = record(policy, ddpo.rollout, policy, prompts, x_T, noise)
@@ -257,7 +264,7 @@ def measure(settings, repeats, measure_steps, arch=None):
         "model": s.model, "latent": policy.latent_shape, "lora_rank": s.lora_rank,
         "device": name, "dtype": str(policy.dtype).removeprefix("torch."),
         "torch": torch.__version__, "diffusers": diffusers.__version__,
-        "sample_batch": batch, "micro_batch": policy.micro_batch, "steps": s.steps,
+        "images": batch, "batch_size": policy.batch_size, "steps": s.steps,
         "measured_steps": steps, "repeats": repeats,
         "settings": dataclasses.asdict(s), "phases": phases,
     }  # fmt: skip
@@ -300,8 +307,8 @@ def show(r):
     print(f"model    {r['model']}, latents {latent}, guidance {r['settings']['guidance_scale']},"
           f" LoRA of rank {r['lora_rank']}\n"
           f"device   {r['device']}, {r['dtype']}; torch {r['torch']}, diffusers {r['diffusers']}\n"
-          f"timed    {r['measured_steps']} of {r['steps']} steps of {r['sample_batch']} images;"
-          f" {update['pairs']} pairs, {r['micro_batch']} a call; {update['optimizer_steps']}"
+          f"timed    {r['measured_steps']} of {r['steps']} steps of {r['images']} images;"
+          f" {update['pairs']} pairs, {r['batch_size']} a call; {update['optimizer_steps']}"
           f" optimizer steps; medians of {r['repeats']}\n\n"
           "| phase | calls | ms | bare | ratio | per second | share | peak GB |\n"
           "|---|---|---|---|---|---|---|---|")  # fmt: skip
@@ -331,7 +338,9 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     model = f"{args.arch}, random weights" if args.arch else args.model
     if model:
-        flags = [*BATCHES.get(args.arch, []), f"--model={model}", *flags]
+        flags = [f"--model={model}", *flags]
+    if args.arch:
+        flags = [f"@{ddpo.EXAMPLES / FLAGS[args.arch]}", *flags]
     try:
         settings, resumed = ddpo.parse(flags)
         if resumed:
@@ -350,9 +359,8 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"benchmark.py: error: {error}")
     except torch.cuda.OutOfMemoryError:
-        s = settings
-        now = f"--micro-batch {s.micro_batch}, --sample-batch {s.sample_batch}"
-        sys.exit(f"benchmark.py: error: out of GPU memory with {now}, --precision {s.precision}")
+        now = f"--batch-size {settings.batch_size}, --precision {settings.precision}"
+        sys.exit(f"benchmark.py: error: out of GPU memory with {now}")
     except KeyboardInterrupt:
         sys.exit("\nbenchmark.py: stopped")
 

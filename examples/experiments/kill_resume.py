@@ -3,7 +3,7 @@ and again, each time with SIGKILL at random moments and `--resume` after each, a
 they leave, bit for bit: weights, optimizer, statistics, metrics.csv (but for the seconds),
 settings and pictures.
 
-    python examples/kill_resume.py   # 20 kills; six minutes on one CPU core
+    python examples/experiments/kill_resume.py   # 20 kills; six minutes on one CPU core
 """
 
 import argparse
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-DDPO = Path(__file__).resolve().parent.parent / "ddpo.py"
-FLAGS = """--device cpu --epochs 6 --images-per-epoch 16 --sample-batch 8 --steps 5
-           --updates-per-epoch 2 --micro-batch 20 --stats-min-count 2 --eval-every 2
-           --eval-images 4 --save-every 2""".split()
+DDPO = Path(__file__).resolve().parents[2] / "ddpo.py"
+FLAGS = """--device cpu --epochs 6 --images-per-epoch 16 --batch-size 8 --steps 5
+           --samples-per-prompt 1 --stats-buffer 2 --kl-stop 0 --eval-every 2
+           --eval-images 4""".split()
 
 
 def plain(value):
@@ -78,7 +78,7 @@ def train_and_kill(run, draw_moment):
     Returns the run's folder and how often it was killed."""
     kills = 0
     while True:
-        if (run / "config.json").is_file():
+        if (run / "state.pt").is_file():
             flags = ["--resume", str(run)]
         else:
             if run.exists():

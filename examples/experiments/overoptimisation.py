@@ -3,12 +3,12 @@ as JPEGs, and a limit on the KL to the pretrained model ends the run in time. Th
 without the limit, to see what would have come.
 
     pip install matplotlib
-    python examples/overoptimisation.py --jobs 2   # a seed on each of two CPU cores
+    python examples/experiments/overoptimisation.py --jobs 2   # a seed on each of two CPU cores
 
-Run it again to go on with what was stopped. A monitor that is never optimised, examples/emoji-clip,
-says whether the animal can still be recognised. Every run is made by ddpo.py's command line, in
-runs/overoptimisation; overoptimisation.png and .md come from what the runs leave there. A dotted
-line is the limit, or 90 % of the monitor's start.
+Run it again to go on with what was stopped. A monitor that is never optimised, emoji-clip, says
+whether the animal can still be recognised; another, how much pictures of one animal differ. Every
+run is made by ddpo.py's command line, in runs/overoptimisation; overoptimisation.png and .md come
+from what the runs leave there. A dotted line is the limit, or 90 % of the monitor's start.
 """
 
 import argparse
@@ -27,13 +27,15 @@ from PIL import Image
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
-MONITOR = "clipscore(examples/emoji-clip)"
+ROOT = Path(__file__).resolve().parents[2]
+MONITOR = "clipscore(examples/models/emoji-clip)"
 LIMIT = 500  # nats; chosen after runs of seeds 0 and 1
-SETTINGS = {"reward": "incompressibility", "monitor": MONITOR, "kl_stop": LIMIT, "eval_every": 20,
-            "save_every": 5, "updates_per_epoch": 4, "samples_per_prompt": 1}  # fmt: skip
+MONITORS = f"{MONITOR},examples/my_reward.py:diversity"
+# An epoch is one batch, so that diversity sees all of a prompt's pictures.
+SETTINGS = {"reward": "incompressibility", "monitor": MONITORS, "kl_stop": LIMIT, "eval_every": 20,
+            "updates_per_epoch": 4, "samples_per_prompt": 1, "batch_size": 64}  # fmt: skip
 SHOWN = {"reward_mean": "reward: kB of the JPEG", MONITOR: "monitor: cosine with the prompt",
-         "diversity": "diversity of latents", "kl": "KL to the pretrained model, nats"}  # fmt: skip
+         "diversity": "monitor: diversity", "kl": "KL to the pretrained model, nats"}  # fmt: skip
 
 
 # ---------------------------------------------------- runs
@@ -45,8 +47,8 @@ def read(folder):
     if not (folder / "metrics.csv").is_file():
         return None
     _, *rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
-    columns = rows[0].keys()
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
+    columns = [name for name in (rows or [{}])[0] if name != "changed"]  # a text
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns} or None
 
 
 def ddpo(log, **settings):
@@ -57,7 +59,7 @@ def ddpo(log, **settings):
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
         how = {"stdout": file, "stderr": subprocess.STDOUT, "check": True}
-        subprocess.run(command, cwd=HERE.parent, env=one_core, **how)
+        subprocess.run(command, cwd=ROOT, env=one_core, **how)
 
 
 def train(folder, seed, epochs):
@@ -68,14 +70,15 @@ def train(folder, seed, epochs):
     metrics = read(held)
     if metrics is None or metrics["epoch"][-1] < epochs and not metrics["kl"][-1] > LIMIT:
         flags = {**SETTINGS, "seed": seed, "out": held}
-        if (held / "config.json").is_file():
-            flags = {"resume": held}
+        if (held / "state.pt").is_file():
+            flags = {"resume": held, "monitor": MONITORS}
         ddpo(folder / f"held-{seed}.log", **flags, epochs=epochs)
     if not free.exists():
         shutil.copytree(held, folder / "copy" / free.name, dirs_exist_ok=True)
         (folder / "copy" / free.name).rename(free)
     if read(free)["epoch"][-1] < epochs:
-        ddpo(folder / f"free-{seed}.log", resume=free, kl_stop=0, epochs=epochs)
+        flags = {"resume": free, "monitor": MONITORS, "kl_stop": 0}
+        ddpo(folder / f"free-{seed}.log", **flags, epochs=epochs)
 
 
 # ---------------------------------------------------- what came of them
@@ -155,7 +158,7 @@ def main():
     add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N")
     add("--epochs", type=int, default=80, metavar="N", help="of the runs without the limit")
     add("--jobs", type=int, default=1, metavar="N", help="seeds at a time, each on one core")
-    add("--runs", type=Path, default=HERE.parent / "runs/overoptimisation", metavar="FOLDER")
+    add("--runs", type=Path, default=ROOT / "runs/overoptimisation", metavar="FOLDER")
     add("--out", type=Path, metavar="FOLDER", help="of the figure and the table; default: --runs")
     args = parser.parse_args()
     folder = args.runs.resolve()

@@ -1,9 +1,11 @@
-"""Make examples/emoji-diffusion, a tiny latent text-to-image model that draws the paper's 45
-animals, and examples/emoji-clip, a tiny CLIP that says whether a picture shows its animal.
+"""Make examples/models/emoji-diffusion, a tiny latent text-to-image model that draws the paper's
+45 animals, and examples/models/emoji-clip, a tiny CLIP that says whether a picture shows its
+animal.
 
-    python examples/pretrain_emoji.py --minutes 100   # CPU or CUDA; run it again to resume
-    python examples/pretrain_emoji.py --sheet         # only draw the sheet of 45 again
-    python examples/pretrain_emoji.py --clip --minutes 20   # the CLIP; needs emoji-diffusion
+    cd examples/experiments
+    python pretrain_emoji.py --minutes 100   # CPU or CUDA; run it again to resume
+    python pretrain_emoji.py --sheet         # only draw the sheet of 45 again
+    python pretrain_emoji.py --clip --minutes 20   # the CLIP; needs emoji-diffusion
 
 Images are rendered while training: a glyph of Noto Color Emoji, flipped, turned, scaled and placed
 at random on a random background. Three phases: an autoencoder learns 64 x 64 pixels <-> 16 x 16 x 4
@@ -54,7 +56,8 @@ FONTS = [
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
 ]
-HERE = Path(__file__).parent
+EXAMPLES = Path(__file__).resolve().parent.parent
+MODELS = EXAMPLES / "models"
 
 
 # ---------------------------------------------------- images
@@ -487,7 +490,7 @@ def save_clip(clip, folder):
     clip.save_pretrained(folder)
     # Not tokenizer.json: it would add padding of its own.
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        shutil.copy(HERE / "emoji-diffusion" / "tokenizer" / name, folder)
+        shutil.copy(MODELS / "emoji-diffusion" / "tokenizer" / name, folder)
     processor = {
         "image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor",
         "do_resize": True, "size": {"shortest_edge": 64}, "resample": 3,
@@ -518,8 +521,8 @@ def draw_sheet(folder, path, device):
 
 def make_emoji_clip(args, glyphs, autocast):
     """Train the CLIP, with the autoencoder and the tokenizer of emoji-diffusion."""
-    tokenizer = CLIPTokenizer.from_pretrained(HERE / "emoji-diffusion" / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(HERE / "emoji-diffusion" / "vae").float()
+    tokenizer = CLIPTokenizer.from_pretrained(MODELS / "emoji-diffusion" / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(MODELS / "emoji-diffusion" / "vae").float()
     vae.requires_grad_(False).to(args.device, memory_format=torch.channels_last)
     clip = make_clip(tokenizer).to(args.device)
     train_clip(clip, tokenizer, vae, glyphs, args.work, 60 * args.minutes, autocast)
@@ -560,15 +563,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--minutes", type=float, default=100, help="training time in all")
-    add("--out", type=Path, help="default: examples/emoji-diffusion or examples/emoji-clip")
-    add("--work", type=Path, default=HERE.parent / "runs/pretrain_emoji", help="of checkpoints")
+    add("--out", type=Path, help="default: in examples/models")
+    add("--work", type=Path, default=EXAMPLES.parent / "runs/pretrain_emoji", help="of checkpoints")
     add("--font", help="path of NotoColorEmoji.ttf, if it is not where Debian puts it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--sheet", action="store_true", help="train nothing, draw the folder's sheet again")
     add("--clip", action="store_true", help="train the CLIP alone")
     args = parser.parse_args()
-    args.out = args.out or HERE / ("emoji-clip" if args.clip else "emoji-diffusion")
+    args.out = args.out or MODELS / ("emoji-clip" if args.clip else "emoji-diffusion")
 
     def autocast():
         return torch.autocast(torch.device(args.device).type, torch.bfloat16)

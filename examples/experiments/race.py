@@ -2,16 +2,17 @@
 the pictures are still what they should be.
 
     pip install matplotlib
-    python examples/race.py --rewards compressibility --methods DDPO-IS --seeds 0   # a few minutes
-    python examples/race.py --jobs 2     # all of it, each run on one core: some hours
+    python examples/experiments/race.py --jobs 2   # all of it, each run on one core: some hours
+    ... --rewards compressibility --methods DDPO-IS --seeds 0   # a few minutes
 
 The same command goes on with what was stopped, and draws race.md and race.png from what there is,
-with the rows of all runs in race.csv. With --known examples/race.csv it runs only what is missing
-there. Run it from the repository's folder.
+with the rows of all runs in race.csv. With --known examples/experiments/race.csv it runs only what
+is missing there; methods that are known there, of settings that ddpo.py no longer has, can be
+shown. Run it from the repository's folder.
 
 A run ends when it has reached its targets, has spent its calls, or has spoilt its pictures. What
 counts is the mean of three successive epochs of 64 images, with at least 95 % of them named by
-examples/emoji-clip as the animal of their prompt. The cost is counted twice: in reward queries,
+emoji-clip as the animal of their prompt. The cost is counted twice: in reward queries,
 and in calls of the network for one image with guidance, of which a backward is two and a call
 without guidance half of one. Measuring (KL, evaluations) is free.
 
@@ -28,6 +29,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -37,15 +39,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import forward
 
 import ddpo
 import rewards
 
-HERE = Path(__file__).resolve().parent
-CLIP = "clipscore(examples/emoji-clip)"
+CLIP = "clipscore(examples/models/emoji-clip)"
+MONITOR = "examples/experiments/race.py:named"
 SETTINGS = {
     "compressibility": {"reward": "compressibility"},
     "incompressibility": {"reward": "incompressibility"},
@@ -81,7 +83,8 @@ TUNED = {  # what suits a method on one reward, by runs of seed 0 at two to four
 @functools.cache
 def judge():
     """emoji-clip's eye, the animals, and what it reads in their names."""
-    see, read, _ = rewards.load_clip(HERE / "emoji-clip", HERE / "emoji-clip", "cpu")
+    folder = ddpo.EXAMPLES / "models" / "emoji-clip"
+    see, read, _ = rewards.load_clip(folder, folder, "cpu")
     animals = ddpo.load_prompts("animals")
     return see, animals, read(animals)
 
@@ -98,10 +101,11 @@ def named(images, prompts):
 def counted(update):
     """The same update, whose metrics hold the calls of the network so far."""
 
+    @functools.wraps(update)  # config.json has the name
     def counting(run, samples, generator):
         policy = run.policy
         predict = policy.predict
-        calls = samples[1].numel()  # a log-probability for each image and step
+        calls = samples.logp.numel()  # a log-probability for each image and step
 
         def count(x_t, t, cond):
             nonlocal calls
@@ -168,18 +172,19 @@ def make_settings(reward, variant, seed, runs):
         with ddpo.explained(f"{change}: write it as lr=0.02"):
             values[name] = json.loads(text)
     values |= {"seed": seed, "out": f"{runs}/{reward}/{variant}/{seed}", "eval_every": 10**6,
-               "monitor": "examples/race.py:named", "epochs": 1000}  # fmt: skip
+               "monitor": MONITOR, "epochs": 1000}  # fmt: skip
     kind = forward.ForwardSettings if "method" in values else ddpo.Settings
-    return ddpo.make_settings(kind=kind, **values)
+    with ddpo.explained(variant):
+        return kind(**values)
 
 
-def read(settings):
-    """The rows of a run's metrics.csv, with numbers in them; blank cells are left out."""
-    path = Path(settings.out, "metrics.csv")
+def read(folder):
+    """The rows of a run's metrics.csv, as far as they count here; blank cells are left out."""
+    path = folder / "metrics.csv"
     if not path.is_file():
         return []
     with open(path) as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        return [{k: float(row[k]) for k in ROW[1:] if row.get(k)} for row in csv.DictReader(file)]
 
 
 def check(settings):
@@ -198,10 +203,14 @@ def run_one(settings):
     """Train a run to its end, from where it was stopped if it was."""
     torch.set_num_threads(1)
     folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    begun = (folder / "state.pt").is_file()
+    if folder.exists() and not begun:  # killed in its first evaluation: there is nothing in it
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     learns = forward.forward_update if hasattr(settings, "method") else ddpo.update
-    with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        ddpo.launch(settings, folder, update=counted(learns), run_class=RaceRun)
+    how = {"update": counted(learns), "run_class": RaceRun}
+    with open(f"{folder}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        ddpo.launch(settings, folder if begun else None, **how)
 
 
 def in_a_process(settings):
@@ -213,8 +222,8 @@ def run_all(todo, jobs):
     """The runs that have not ended, `jobs` at a time."""
     for settings in todo:
         check(settings)
-    left = [s for s in todo if not ended(read(s), reward_of(s))]
-    print(f"{len(left)} of {len(todo)} runs to go", flush=True)
+    left = [s for s in todo if not ended(read(Path(s.out)), reward_of(s))]
+    print(f"runs to go: {len(left)}", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     with ThreadPoolExecutor(jobs) as pool:  # each waits for a process
         runs = {pool.submit(in_a_process, settings): settings for settings in left}
@@ -222,7 +231,8 @@ def run_all(todo, jobs):
             for done in as_completed(runs):
                 done.result()
                 settings = runs[done]
-                print(f"{settings.out}: {read(settings)[-1]['queries']:.0f} queries", flush=True)
+                queries = read(Path(settings.out))[-1]["queries"]
+                print(f"{settings.out}: {queries:.0f} queries", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)  # else all that wait would be begun first
 
@@ -237,12 +247,11 @@ def pack(todo, folder):
     with open(folder / "race.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ROW, extrasaction="ignore")
         writer.writeheader()
-        for reward, variant, settings in todo:
-            rows = read(settings)
+        for reward, variant, run in todo:
+            rows = read(run)
             for row in rows[1:] if ended(rows, reward) else []:
-                run = f"{reward}/{variant}/{settings.seed}"
                 values = {name: f"{row[name]:.6g}" for name in ROW[1:]}
-                writer.writerow({"run": run, **values})
+                writer.writerow({"run": f"{reward}/{variant}/{run.name}", **values})
 
 
 def unpack(path, folder):
@@ -289,17 +298,18 @@ def best(runs):
     return text
 
 
-def report(todo, folder):
-    """race.md, a table of the costs, and race.png: each run's means of three epochs against calls,
-    as far as its pictures were named."""
-    import matplotlib.pyplot as plt
-
+def by_variant(todo):
+    """The rows of the runs that have ended: {variant: {reward: [rows of a seed, ...]}}."""
     runs = {}
-    for reward, variant, settings in todo:
-        rows = read(settings)
+    for reward, variant, run in todo:
+        rows = read(run)
         if ended(rows, reward):
             runs.setdefault(variant, {}).setdefault(reward, []).append(rows)
-    shown = list(dict.fromkeys(reward for reward, _, _ in todo))
+    return runs
+
+
+def tabulate(runs, shown):
+    """The table of the costs, of the rewards in `shown`."""
     targets = [(reward, target) for reward in shown for target in TARGETS[reward]]
     targets += [(reward, "best") for reward in shown]
     table = [["", *(f"{reward} {target}" for reward, target in targets)]]
@@ -310,9 +320,12 @@ def report(todo, folder):
             seeds = by_reward.get(reward, [])
             row.append(best(seeds) if target == "best" else cell(seeds, target))
         table.append(row)
-    pack(todo, folder)
-    text = "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
-    (folder / "race.md").write_text(text, encoding="utf-8")
+    return "".join(f"| {' | '.join(row)} |\n" for row in table)
+
+
+def draw(runs, shown, path):
+    """Each run's means of three epochs against calls, as far as its pictures were named."""
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False)
     for axis, reward in zip(axes[0], shown):
@@ -330,8 +343,18 @@ def report(todo, folder):
         axis.set(title=reward, xlabel="thousand calls of the network")
     axes[0, 0].legend()
     figure.tight_layout()
-    figure.savefig(folder / "race.png", dpi=120)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def report(todo, folder):
+    """race.csv, race.md and race.png, of the runs that have ended."""
+    runs = by_variant(todo)
+    shown = list(dict.fromkeys(reward for reward, _, _ in todo))
+    text = tabulate(runs, shown)
+    pack(todo, folder)
+    (folder / "race.md").write_text(text, encoding="utf-8")
+    draw(runs, shown, folder / "race.png")
     print(f"{text}saved race.md, race.csv and race.png in {folder}")
 
 
@@ -350,16 +373,22 @@ def main(argv=None):
     if not importlib.util.find_spec("matplotlib"):  # better said now than after a night
         sys.exit("race.py: error: it draws with matplotlib: pip install matplotlib")
     try:
-        todo = []
-        for seed, reward, variant in itertools.product(args.seeds, args.rewards, args.methods):
-            todo.append((reward, variant, make_settings(reward, variant, seed, args.runs)))
         if args.known:
             unpack(args.known, args.runs)
-        run_all([settings for _, _, settings in todo], args.jobs)
+        todo = []
+        settings = []
+        for seed, reward, variant in itertools.product(args.seeds, args.rewards, args.methods):
+            run = args.runs / reward / variant / str(seed)
+            todo.append((reward, variant, run))
+            known = not (run / "config.json").is_file() and ended(read(run), reward)
+            if not known:  # else its settings need not exist any more
+                settings.append(make_settings(reward, variant, seed, args.runs))
+        run_all(settings, args.jobs)
         report(todo, args.runs)
     except ddpo.UserError as error:
-        why, in_mid_run, _ = str(error).partition("; go on with:")  # which would count no calls
-        sys.exit(f"race.py: error: {why}" + "; the same command goes on" * bool(in_mid_run))
+        # Its note says how ddpo.py would go on, which would count no calls.
+        in_mid_run = bool(getattr(error, "__notes__", []))
+        sys.exit(f"race.py: error: {error}" + "; the same command goes on" * in_mid_run)
     except KeyboardInterrupt:
         sys.exit("race.py: stopped; the same command goes on")
 

@@ -1,7 +1,7 @@
 """Which noise decides the reward? The share of a reward's variance that is due to the prompt, to
 the first noise x_T, and to the noise of each denoising step.
 
-    python examples/variance.py --reward compressibility   # some minutes on one core
+    python examples/experiments/variance.py --reward compressibility   # some minutes on one core
 
 It takes the flags of ddpo.py, for any model and reward. DDPO learns from the noise of the steps.
 The prompt's share is taken out by the prompt's statistics, that of x_T where the images of a group
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ddpo
 import rewards
 
@@ -64,7 +64,7 @@ def shares(policy, terms, prompts, batch_size, generator):
     yield f"step {len(steps)}", float(1 - before)
 
 
-def launch(settings, folder):
+def launch(settings, resume):
     settings = replace(settings, min_std=0.0)
     device = ddpo.pick_device(settings.device)
     terms = rewards.load_rewards(settings.reward, device=device)
@@ -72,11 +72,10 @@ def launch(settings, folder):
     generator, choice = ddpo.random_numbers(settings, 1, device)
     prompts = ddpo.load_prompts(settings.prompts) if policy.conditional else [""]
     drawn = [prompts[i] for i in torch.randint(len(prompts), (IMAGES,), generator=choice)]
-    zero = torch.zeros(settings.steps, 1, 1, 1, device=device)
-    timesteps = policy.scheduler.timesteps
-    _, std = ddpo.ddim_mean_std(policy.scheduler, zero, timesteps, zero, policy.eta)
-    stds = ["", "", *(f", std {s:.2f}" for s in std.flatten().tolist())]
-    parts = shares(policy, terms, drawn, settings.sample_batch, generator)
+    levels = policy.levels[:, policy.scheduler.timesteps]
+    _, std = ddpo.ddim_mean_std(0.0, 0.0, *levels)  # (T,)
+    stds = ["", "", *(f", std {s:.2f}" for s in std.tolist())]
+    parts = shares(policy, terms, drawn, settings.batch_size, generator)
     for (what, share), std in zip(parts, stds):
         print(f"{what}{std}: {share:.2f}", flush=True)
 
