@@ -33,6 +33,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -396,7 +397,7 @@ def train(run, terms, prompts, eval_prompts, update=update):
             row["eval_reward"] = run.evaluate(terms, eval_prompts, epoch)
         row["seconds"] = log[-1]["seconds"] + time.time() - start
         run.finish(row)
-    if run.too_far(log[-1]):
+    if 0 < settings.kl_stop < log[-1].get("kl", 0):
         print(f"stopped after epoch {len(log) - 1} of {settings.epochs}: {nats(log[-1])} from the"
               f" pretrained model, more than --kl-stop {settings.kl_stop:g}")
 
@@ -447,18 +448,19 @@ class Policy:
         self.unet.to(self.device)
         if self.conditional:  # in float32: XL's overflows in fp16, bf16 is too coarse for pixels
             vae = self.pipe.vae.to(self.device)
-            vae.enable_slicing()  # image by image: gigabytes less, hardly slower
         if self.device.type == "cuda":
             self.unet.to(memory_format=torch.channels_last)  # as its convolutions want it
+            if self.conditional:
+                vae.enable_slicing()  # image by image: gigabytes less, hardly slower
         for part in self.unet.modules():
             if isinstance(part, Attention) and self.device.type == "cpu":
                 part.set_processor(AttnProcessor())  # the fused one learns slowly there
         if settings.save_memory:
             self.unet.enable_gradient_checkpointing()
         if settings.save_memory and self.conditional:
-            vae.enable_tiling()
-            vae.tile_sample_min_size //= 2
-            vae.tile_latent_min_size //= 2
+            vae.enable_tiling()  # of XL's pictures
+            vae.tile_sample_min_size = 512
+            vae.tile_latent_min_size = 64
 
     def try_out(self):
         """A gradient and a picture, before there is a run: what cannot be trained is told now."""
@@ -472,9 +474,9 @@ class Policy:
         if output.shape != x_t.shape:
             raise ValueError("its UNet predicts more than noise")
         output.sum().backward()
-        learns = [layer.lora_B.weight for name, layer in self.lora.items() if "to_v" in name]
+        learns = [layer.lora for name, layer in self.lora.items() if "to_v" in name]
         for weight in learns or self.weights:  # quantised layers may pass no gradient on
-            if weight.grad is None or not weight.grad.any():
+            if weight.grad is None or self.lora and not weight.grad.any():
                 raise ValueError(f"no gradient comes to its {type(weight).__name__} of shape"
                                  f" {tuple(weight.shape)}; is it quantised?")
         for weight in self.weights:
@@ -576,6 +578,7 @@ def load_pipeline(model, dtype=torch.float32):
     """A pipeline of a kind that can be trained here, from a hub id or a folder, its UNet in dtype.
     """
     diffusers.utils.logging.set_verbosity(100)  # what fails is said here
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     diffusers.utils.logging.disable_progress_bar()
     if model.endswith((".safetensors", ".ckpt")):
         raise UserError(f"--model {model}: one file is not a pipeline; make it a folder by"
@@ -587,7 +590,9 @@ def load_pipeline(model, dtype=torch.float32):
                         f" {', '.join(KINDS)}")
     try:
         pipe = read_pipeline(path, index, dtype)
-    except OSError:  # many an XL has its weights in half precision alone
+    except OSError:
+        pipe = None
+    if not pipe:  # many an XL has its weights in half precision alone
         pipe = read_pipeline(path, index, dtype, variant="fp16")
     if "beta_start" not in pipe.scheduler.config:  # of a flow or of EDM, with other noise levels
         raise ValueError(f"its scheduler is a {type(pipe.scheduler).__name__}, not of DDPM's kind")
@@ -599,38 +604,48 @@ def load_pipeline(model, dtype=torch.float32):
 
 
 def read_pipeline(path, index, dtype, **variant):
-    """The pipeline in a folder, or on the hub, and no weight of its UNet made up."""
+    """The pipeline in a folder, or on the hub, with no weight of it made up."""
     if not path.is_dir():
         path = DiffusionPipeline.download(path.as_posix(), safety_checker=None, **variant)
-    unet = getattr(diffusers, index["unet"][1])
-    unet, report = unet.from_pretrained(path, subfolder="unet", torch_dtype=dtype,
-                                        output_loading_info=True, **variant)
-    if report["missing_keys"]:
-        raise ValueError(f"its UNet lacks {report['missing_keys'][0]}")
-    return DiffusionPipeline.from_pretrained(path, unet=unet, safety_checker=None, **variant)
+    parts = {}
+    for name in {"unet", "vae", "text_encoder", "text_encoder_2"} & index.keys():
+        library, kind = index[name]
+        kind = getattr(diffusers if library == "diffusers" else transformers, kind)
+        how = {"subfolder": name, "output_loading_info": True,
+               "torch_dtype": dtype if name == "unet" else torch.float32}
+        try:
+            parts[name], report = kind.from_pretrained(path, **how, **variant)
+        except OSError:  # not all parts have that variant
+            parts[name], report = kind.from_pretrained(path, **how)
+        if report["missing_keys"]:
+            raise ValueError(f"its {name} lacks {min(report['missing_keys'])}")
+    return DiffusionPipeline.from_pretrained(path, **parts, safety_checker=None)
 
 
 class LoRALinear(nn.Module):
-    """y = W x + B A x, with a frozen W and trained A (rank, in) and B (out, rank) in float32.
-    B starts at zero, so the layer starts as the pretrained one."""
+    """y = W x + B A x, with a frozen W. A (rank, in) and B^T (rank, out) are trained side by side,
+    as one float32 parameter, which half precision casts at once. B starts at zero, so the layer
+    starts as the pretrained one."""
 
     on = True  # of all layers at once: see without_lora
 
     def __init__(self, base, rank):
         super().__init__()
         self.base = base
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
-        nn.init.normal_(self.lora_A.weight, std=1 / rank)  # as in diffusers
-        nn.init.zeros_(self.lora_B.weight)
+        A = torch.randn(rank, base.in_features) / rank  # as in diffusers
+        B_T = torch.zeros(rank, base.out_features)
+        self.lora = nn.Parameter(torch.cat([A, B_T], 1).to(base.weight.device))
+
+    def split(self, dtype=torch.float32):
+        """A and B^T."""
+        return self.lora.to(dtype).split([self.base.in_features, self.base.out_features], 1)
 
     def forward(self, x):
         x = x.contiguous()  # else half precision rounds otherwise with gradients than without
         y = self.base(x)
         if self.on:
-            low = nn.functional.linear(x, self.lora_A.weight.to(y.dtype))
-            y = y + nn.functional.linear(low, self.lora_B.weight.to(y.dtype))
+            A, B_T = self.split(y.dtype)
+            y = torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ A.T, B_T).view_as(y)
         return y
 
 
@@ -659,8 +674,9 @@ def save_lora(policy, path):
     """Write the LoRA in diffusers' layout; no alpha in the file means that it equals the rank."""
     lora = {}
     for name, layer in policy.lora.items():  # the layers' own names, whatever is around the UNet
-        for part in ("lora_A", "lora_B"):
-            lora[f"{policy.prefix}{name}.{part}.weight"] = getattr(layer, part).weight.cpu()
+        A, B_T = layer.split()
+        lora[f"{policy.prefix}{name}.lora_A.weight"] = A.contiguous().cpu().clone()
+        lora[f"{policy.prefix}{name}.lora_B.weight"] = B_T.T.contiguous().cpu().clone()
     with whole_file(path) as tmp:
         save_file(lora, tmp, {"format": "pt"})
 
@@ -789,6 +805,14 @@ class Run:
             torch.save(self.state(), file)
 
 
+    def end(self):
+        """Write the whole pipeline, if all of its UNet was trained."""
+        if not self.settings.lora_rank:
+            path = self.folder / "pipeline"
+            with explained(f"cannot write {path}; what was saved before is whole"):
+                self.policy.pipe.save_pretrained(path)
+
+
 @contextmanager
 def whole_file(path):
     """A name to write to that becomes `path` once all is on the disk: a kill leaves old or new."""
@@ -859,9 +883,9 @@ def load_prompts(name):
         text = (path if path.is_file() else Path(name)).read_text("utf-8-sig")
     lines = [line.strip() for line in text.split("\n")]
     prompts = [line for line in lines if line and not line.startswith("#")]
-    other = r'\{"|\[[{"]|[{\[]$|PK\x03|prompt,'  # JSON, a zip, CSV
-    suffix = Path(name).suffix
-    if not prompts or re.match(other, prompts[0]) or suffix in (".csv", ".json", ".jsonl"):
+    other = r'(?i)[\[{][\[{\s]*(["\']|$)|PK\x03|"?prompt"?[,;\t]\S'  # JSON, a zip, CSV
+    suffix = Path(name).suffix.lower()
+    if not prompts or re.match(other, prompts[0]) or suffix in (".csv", ".tsv", ".json", ".jsonl"):
         raise UserError(f"prompts {name}: it must be plain text, and hold a prompt on each line")
     return prompts
 
@@ -922,7 +946,7 @@ def check_resume(config, folder):
     """A run that is resumed stays what it is."""
     saved = json.loads(Path(folder, "config.json").read_text())
     for k, (old, new) in changes(saved, config).items():
-        if k not in MAY_CHANGE:
+        if k not in (*MAY_CHANGE, "out"):
             raise UserError(f"--resume {folder}: its {k} is {old!r}; begin a new run for {new!r}")
 
 
@@ -946,9 +970,10 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
     with explained(f"--model {settings.model}: no such pipeline, or one that cannot be trained"):
         policy = policy_class(settings, device)
     if not policy.conditional and settings.prompts == Settings.prompts:
-        prompts = eval_prompts = [""]  # those that are given are for the reward
-    if cut := policy.too_long(prompts):
-        print(f"{len(cut)} of {len(prompts)} prompts are too long and lose their end: {cut[0]!r}")
+        prompts = [""]  # those that are given are for the reward
+        eval_prompts = eval_prompts if settings.eval_prompts else prompts
+    if cut := policy.too_long(list(dict.fromkeys(prompts + eval_prompts))):
+        print(f"{len(cut)} prompts are too long and lose their end, the first: {cut[0]!r}")
     with run_folder(settings, resume) as folder:
         run = run_class(settings, policy, folder)
         run.config = config
@@ -961,9 +986,7 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
               f" {len(policy.trained_steps)} of them learned from; results go to {folder}",
               flush=True)
         train(run, terms, prompts, eval_prompts, update)
-        if not settings.lora_rank:
-            with explained(f"cannot write {folder / 'pipeline'}; what was saved before is whole"):
-                policy.pipe.save_pretrained(folder / "pipeline")
+        run.end()
     evaluated = [row for row in run.log if "eval_reward" in row]
     first, last = evaluated[0], evaluated[-1]
     print(f"reward on the same prompts and noise: {first['eval_reward']:.3f} before,"

@@ -29,7 +29,7 @@ def explained(mistake):
     """What fails inside becomes a UserError: the mistake, and the reason, in one line."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         hidden = error.__context__  # a full disk, no network: libraries often rename it

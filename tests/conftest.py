@@ -174,7 +174,7 @@ def make_policy(model, lora_scale=0.1, device="cpu", policy_class=ddpo.Policy, *
     with torch.enable_grad():  # which it tries on being made
         policy = policy_class(settings, torch.device(device))
     for layer in policy.lora.values():
-        torch.nn.init.normal_(layer.lora_B.weight, std=lora_scale)
+        torch.nn.init.normal_(layer.split()[1], std=lora_scale)
     return policy, settings
 
 

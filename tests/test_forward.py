@@ -286,31 +286,19 @@ def test_the_gradient_is_the_mean_over_all_pairs(method, policy, network, monkey
 
 
 @pytest.mark.parametrize("method", AT_OLD)
-def test_old_is_what_sampled_in_all_updates_of_an_epoch(method, policy, monkeypatch):
-    """Each image is in one of the minibatches, with all its pairs."""
-    monkeypatch.setattr(policy, "batch_size", 8)
-    pair_loss = forward.pair_loss
-    found = []
-
-    def spied(policy, settings, x_t, t, cond, target, adv, old):
-        with torch.no_grad():
-            found.append((x_t, t, cond, old, policy.predict(x_t, t, cond)))
-        return pair_loss(policy, settings, x_t, t, cond, target, adv, old)
-
-    monkeypatch.setattr(forward, "pair_loss", spied)
+def test_old_is_what_sampled_in_all_updates_of_an_epoch(method, policy):
     run = make_run(policy, method, updates_per_epoch=3)
     run.optimizer = torch.optim.Adam(policy.weights, lr=0.1)
     samples = make_samples(policy)
-    update(run, samples)
-    images = [(cond - samples.cond[0]).tolist() for _, _, cond, *_ in found]
-    assert sorted(sum(images, [])) == sorted([*range(6)] * 4) and len(images) == 3
-    assert [len(set(minibatch)) for minibatch in images] == [2, 2, 2]
-    assert set(images[0]) != {0, 1}  # they are shuffled
-    for n, (x_t, t, cond, old, now) in enumerate(found):
+    with mock.patch.object(forward, "pair_loss", side_effect=forward.pair_loss) as pair_loss:
+        step, _ = update(run, samples)
+    conds = [call.args[4] for call in pair_loss.call_args_list]
+    assert set(conds[0].tolist()) != set(samples.cond[:2].tolist())  # they are shuffled
+    assert torch.cat(conds).bincount()[samples.cond].tolist() == [4] * 6 and step.norm() > 1
+    for call in pair_loss.call_args_list:
+        _, _, x_t, t, cond, _, _, old = call.args
         with torch.no_grad():
-            sampled = policy.predict(x_t, t, cond)
-        torch.testing.assert_close(old, sampled, rtol=1e-4, atol=1e-4)
-        assert torch.allclose(old, now, rtol=1e-4, atol=1e-4) == (n == 0)
+            torch.testing.assert_close(old, policy.predict(x_t, t, cond), rtol=1e-4, atol=1e-4)
 
 
 def test_images_without_weight_have_no_influence_and_no_cost(policy, network):
@@ -369,7 +357,6 @@ def test_the_command_line_takes_its_flags_and_those_of_ddpo(tiniest_model, tmp_p
     ("--keep 1.5", "keep: at most 1"),
     ("--kl-coef 0.1", "kl_coef does nothing here"),
     ("--ref-coef 0.1 --lora-rank 0", "ref_coef does, and needs a LoRA"),
-    ("--beta wide", "--beta: invalid float value: 'wide'"),
     ("--meth rwr", "unrecognized arguments: --meth rwr"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(argv, message, monkeypatch, capsys):

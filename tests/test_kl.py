@@ -85,24 +85,24 @@ def test_the_estimate_is_unbiased_and_counts_the_trained_steps(pretrained, tmp_p
     of which the last is deterministic. A step's log-ratio has twice its KL as its variance."""
     unet = tiny_unet(**TINIEST)
     model = save_tiny_pipeline(tmp_path / "model", unet, set_alpha_to_one=True)
-    policy, _ = make_policy(model, lora_scale=1.5, min_std=0.3, batch_size=200)
-    prompts = PROMPTS[:2] * 100
+    policy, _ = make_policy(model, lora_scale=2.0, min_std=0.3, batch_size=80)
+    prompts = PROMPTS[:2] * 40
     x, logp = draw(policy, prompts, torch.Generator().manual_seed(0))
     samples = ddpo.Samples(prompts, policy.encode(prompts), x, logp, None)
     kl = exact_kl(policy, pretrained, samples)
     assert policy.trained_steps.tolist() == [0, 1]
-    assert kl.shape == (200, 3) and kl.min() > 1e-2
+    assert kl.shape == (80, 3) and kl.min() > 1e-2
     exact = kl[:, :2].sum(1)
     assert kl.sum(1).mean() > 2 * exact.mean(), "all steps would give another sum"
-    expected_error = ((2 * exact.mean() + exact.var()) / 50).sqrt().item()
+    expected_error = ((2 * exact.mean() + exact.var()) / 20).sqrt().item()
     estimates = []
     for seed in range(4):
         estimate, error = ddpo.measure_kl(policy, samples, torch.Generator().manual_seed(seed))
         assert abs(estimate - exact.mean()) < 4 * error < exact.mean()
-        assert error.item() == pytest.approx(expected_error, rel=0.3)
+        assert error.item() == pytest.approx(expected_error, rel=0.4)
         estimates.append(estimate.item())
     assert len(set(estimates)) == 4, "the same images"
-    mean = sum(estimates) / 4  # with the error of a single sample of all 200
+    mean = sum(estimates) / 4  # with the error of a single sample of all 80
     assert abs(mean - exact.mean()) < 4 * expected_error / 2
 
 

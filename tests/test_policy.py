@@ -49,7 +49,7 @@ def test_ratio_is_one_before_an_update(tiniest_model, device, precision, guidanc
     """Sampled in batches of 4 and 2 images, learned in batches of 4 pairs: only rounding may
     differ. (In batches of one size it is 1 exactly, for every kind of model: test_pipelines.py.)"""
     given = {"guidance_scale": guidance, "precision": precision, "clip_range": allowed}
-    policy, settings = make_policy(tiniest_model, 0.5, device, batch_size=4, **given)
+    policy, settings = make_policy(tiniest_model, 0.5, device, steps=2, batch_size=4, **given)
     assert {p.dtype for p in policy.weights} == {torch.float32}
     samples = sampled(policy, ADV)
     before, _ = update_by_sgd(policy, settings, samples, lr=5.0)
@@ -68,7 +68,7 @@ class HalfWeights(ddpo.Policy):
 
 
 def test_weights_in_half_precision_give_the_same_gradient(tiniest_model):
-    given = {"steps": 3, "clip_range": 10}
+    given = {"steps": 2, "clip_range": 10}
     policy, settings = make_policy(tiniest_model, **given)
     samples = sampled(policy, ADV)
     _, exact = update_by_sgd(policy, settings, samples)
@@ -219,11 +219,11 @@ def test_deterministic_steps_are_never_trained_on(tmp_path):
 
 def test_update_descends_the_mean_loss_whatever_the_batch_size(tiniest_model):
     """The reference is autograd on all pairs at once, with the objective written out."""
-    policy, settings = make_policy(tiniest_model, clip_range=0.01)
+    policy, settings = make_policy(tiniest_model, clip_range=0.01, steps=3)
     samples = sampled(policy, ADV)
     x = samples.x
     generator = torch.Generator().manual_seed(1)
-    samples.logp += 0.02 * torch.randn(6, 4, generator=generator)  # in the range and out
+    samples.logp += 0.02 * torch.randn(6, 3, generator=generator)  # in the range and out
 
     logps = []
     for j, t in enumerate(policy.scheduler.timesteps):
@@ -238,7 +238,7 @@ def test_update_descends_the_mean_loss_whatever_the_batch_size(tiniest_model):
     start = flat(policy.weights)
     assert expected.abs().max() > 1e-4 and 0.2 < clipped.float().mean() < 0.9
 
-    for policy.batch_size in (1, 7, 24):
+    for policy.batch_size in (2, 7, 18):
         torch.nn.utils.vector_to_parameters(start.clone(), policy.weights)
         metrics, moved = update_by_sgd(policy, settings, samples)
         torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
@@ -281,12 +281,12 @@ def test_the_gradient_is_clipped_and_reported_unclipped(tiniest_model):
 
 
 def test_a_trajectory_is_a_chain_of_scored_steps(tiniest_model):
-    policy, _ = make_policy(tiniest_model)
+    policy, _ = make_policy(tiniest_model, steps=2)
     length = ("length", 0.5, lambda images, prompts: [len(p) for p in prompts])
     generator = torch.Generator().manual_seed(0)
     samples = ddpo.sample(policy, [*BRIGHTNESS, length], PROMPTS, 4, generator)
     x, scores = samples.x, samples.scores
-    assert x.shape == (6, 5, 4, 8, 8) and samples.logp.shape == (6, 4) and scores.shape == (6, 3)
+    assert x.shape == (6, 3, 4, 8, 8) and samples.logp.shape == (6, 2) and scores.shape == (6, 3)
     assert scores.dtype == torch.float32 and samples.prompts == PROMPTS
     torch.testing.assert_close(scores[:, 1], policy.decode(x[:, -1]).mean((1, 2, 3)))
     assert scores[:, 2].tolist() == [len(p) for p in PROMPTS]

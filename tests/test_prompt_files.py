@@ -75,7 +75,7 @@ def test_prompts_that_are_too_long_are_counted_once(tiniest_model, tmp_path, cap
     path.write_text(f"cat\n{LETTERS}\n{LETTERS} k\n{LETTERS} l m\n")
     launch(tiniest_model, tmp_path / "run", epochs=1, prompts=path)
     said = capsys.readouterr().out
-    line = f"2 of 4 prompts are too long and lose their end: {LETTERS + ' k'!r}\n"
+    line = f"2 prompts are too long and lose their end, the first: {LETTERS + ' k'!r}\n"
     assert said.count("too long") == 1 and line in said
 
 

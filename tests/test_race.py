@@ -183,7 +183,6 @@ def test_methods_differ_in_nothing_but_their_own_settings(reward):
     ("PPO lr=1", "PPO lr=1: no method named PPO; there are DDPO-IS, "),
     ("DDPO-IS lrr=1", "DDPO-IS lrr=1 .*lrr"),
     ("DDPO-IS lr", "lr: write it as lr=0.02"),
-    ("DDPO-IS lr=fast", "lr=fast: write it as lr=0.02"),
     ("DDPO-IS lr=-1", "lr must be finite and at least 0"),
     ("DDPO-IS beta=2", ".*beta"),  # not without a word another method
     ("NFT beta=0", "beta must be finite and at least 1e-06"),
