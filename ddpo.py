@@ -97,7 +97,7 @@ class Settings:
     stats_buffer: int = flag(32, "rewards remembered of each prompt, without groups", 2)
     # against over-optimisation
     kl_coef: float = flag(0.0, "what a nat from the pretrained model costs in advantage")
-    kl_stop: float = flag(30.0, "nats from the pretrained model that end the run")
+    kl_stop: float = flag(20.0, "nats from the pretrained model that end the run")
     monitor: str = flag("", "rewards to log but not to optimise: NAME[,NAME]")
     # evaluating
     eval_every: int = flag(5, "epochs between two evaluations, from the same noise", 1)
@@ -157,7 +157,7 @@ def ddim_mean_std(x_0, eps, signal, sigma, signal_prev, sigma_prev, eta=1.0):
     DPM-Solver++ are this step; with (signal, sigma) = (1 - t, t) it is one of flow models."""
     kept = signal * sigma_prev / (signal_prev * sigma)
     std = eta * sigma_prev * (1 - kept**2).clamp(min=0).sqrt()
-    direction = (sigma_prev**2 - std**2).clamp(min=0).sqrt()  # rounding may make it negative
+    direction = (sigma_prev**2 - std**2).clamp(min=0).sqrt()  # fused products may be negative
     return signal_prev * x_0 + direction * eps, std
 
 
@@ -391,15 +391,19 @@ def train(run, terms, prompts, eval_prompts, update=update):
 
         row = {"epoch": epoch, **run.describe(terms, samples, choice)}
         too_far = run.too_far(row)
-        if not too_far:
+        if too_far:
+            run.go_back()
+        else:
+            run.keep()
             row |= update(run, samples, choice)
         if too_far or epoch == settings.epochs or epoch % settings.eval_every == 0:
             row["eval_reward"] = run.evaluate(terms, eval_prompts, epoch)
         row["seconds"] = log[-1]["seconds"] + time.time() - start
         run.finish(row)
     if 0 < settings.kl_stop < log[-1].get("kl", 0):
+        result = "; its result is the last policy within" if run.kept else ""
         print(f"stopped after epoch {len(log) - 1} of {settings.epochs}: {nats(log[-1])} from the"
-              f" pretrained model, more than --kl-stop {settings.kl_stop:g}")
+              f" pretrained model, more than --kl-stop {settings.kl_stop:g}{result}")
 
 
 # ==================================================== from here on: what the method stands on
@@ -459,9 +463,10 @@ class Policy:
             self.unet.enable_gradient_checkpointing()
         if settings.save_memory and self.conditional:
             vae.enable_tiling()  # of XL's pictures
-            vae.tile_sample_min_size = 512
             vae.tile_latent_min_size = 64
+            vae.tile_sample_min_size = 64 * self.pipe.vae_scale_factor
 
+    @torch.enable_grad()
     def try_out(self):
         """A gradient and a picture, before there is a run: what cannot be trained is told now."""
         cond = self.encode(["a", "b"])
@@ -703,6 +708,7 @@ class Run:
         fp16 = policy.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=fp16)
         self.memory = {}  # the recent rewards of each prompt
+        self.kept = []  # weights of the last policy within --kl-stop
         self.log = []
 
     def advantages(self, prompts, rewards):
@@ -749,8 +755,19 @@ class Run:
         return reward.mean()
 
     def too_far(self, row):
-        """Whether an epoch's KL is past --kl-stop."""
+        """Whether the policy that sampled an epoch is past --kl-stop."""
         return 0 < self.settings.kl_stop < row.get("kl", 0)
+
+    def keep(self):
+        """Remember the weights: they are within --kl-stop."""
+        if self.settings.kl_stop:
+            self.kept = [weight.detach().clone() for weight in self.policy.weights]
+
+    @torch.no_grad()
+    def go_back(self):
+        """Take the weights that were kept: one epoch can go far."""
+        for weight, kept in zip(self.policy.weights, self.kept):
+            weight.copy_(kept)
 
     def finish(self, row):
         """End an epoch: its row becomes plain numbers, which a state can hold; record and save."""
@@ -781,7 +798,8 @@ class Run:
         """All that `load` takes over, as tensors and plain Python objects."""
         return {"weights": nn.ParameterList(self.policy.weights).state_dict(), "log": self.log,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "stats": self.memory, "settings": {k: self.config.get(k) for k in MAY_CHANGE}}
+                "stats": self.memory, "kept": self.kept,
+                "settings": {k: self.config.get(k) for k in MAY_CHANGE}}
 
     def load(self, state):
         """Take over a saved state; the learning rate may be another now."""
@@ -792,6 +810,7 @@ class Run:
             group["lr"] = rate
         self.scaler.load_state_dict(self.scaler.state_dict() | state["scaler"])  # fp32 has none
         self.memory = state["stats"]
+        self.kept = state["kept"]
         self.log = state["log"]
         self.changed = changes(state["settings"], self.config)
 

@@ -207,15 +207,15 @@ def load_models(place, name, inside, device):
     return reward
 
 
-def load_function(path, name):
+def load_function(place, path, name):
     """A function of a file, which is imported once, with its folder's other modules in reach."""
     path = Path(path).resolve()
     sys.path.insert(0, str(path.parent))
-    module = importlib.import_module(path.stem)
+    module = "." not in path.stem and importlib.import_module(path.stem)
     if getattr(module, "__file__", "") != str(path):
-        raise UserError(f"{path}: another module is called {path.stem}; rename the file")
+        raise UserError(f"{place}: {path.stem} cannot be imported from there; rename the file")
     if not callable(getattr(module, name, None)):
-        raise UserError(f"{path} has no function {name}")
+        raise UserError(f"{place}: {path} has no function {name}")
     return getattr(module, name)
 
 
@@ -239,7 +239,7 @@ def find_reward(place, term):
         if label in REWARDS:
             return label, weight, lambda device: REWARDS[label]
         if Path(file).is_file():
-            reward = load_function(file, function)
+            reward = load_function(place, file, function)
             return function, weight, lambda device: reward
     raise UserError(f"{place}: unknown; write A, 0.1*A + B - C or A(FOLDER, FILE); there are "
                     f"{', '.join([*REWARDS, *MODEL_REWARDS])}, path/to/file.py:function")

@@ -2,10 +2,11 @@
 what a run has learned.
 
     pip install peft   # diffusers needs it to load a LoRA
-    python examples/generate.py runs/compressibility --prompts cat "a blue dog" turtle
+    python examples/generate.py runs/compressibility --prompts cat dog turtle
 
 Images are sampled as in training, with the settings in RUN/config.json. The picture goes to
-RUN/generated.png: above before, below after training.
+RUN/generated.png: above before, below after training. --kohya FILE.safetensors also writes the LoRA
+under the names that A1111, ComfyUI and InvokeAI read.
 """
 
 import argparse
@@ -15,7 +16,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.utils import logging, make_image_grid
+from diffusers.utils import convert_state_dict_to_kohya, logging, make_image_grid
+from safetensors.torch import load_file, save_file
+
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def load(model):
@@ -33,12 +37,23 @@ def draw(pipe, prompts, seed, config):
     return pipe(prompts, generator=generator, eta=1.0, **how).images
 
 
+def save_kohya(run, path):
+    """A run's LoRA in Kohya's layout. At rank 1 without the alphas: all are 1, as no alpha means,
+    too, and stable-diffusion.cpp would divide such ones by the layer's width."""
+    lora = convert_state_dict_to_kohya(load_file(run / LORA))
+    rank = min(min(weights.shape) for weights in lora.values() if weights.dim())
+    if rank == 1:
+        lora = {name: weights for name, weights in lora.items() if not name.endswith(".alpha")}
+    save_file(lora, path, {"format": "pt"})
+
+
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("run", type=Path, help="folder that ddpo.py has left")
     parser.add_argument("--prompts", nargs="+", default=["cat", "dog", "turtle", "shark"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kohya", help="file for the LoRA in Kohya's layout")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -52,8 +67,10 @@ def main():
         if (args.run / "pipeline").is_dir():  # the whole UNet was trained
             pipe = load(args.run / "pipeline")
         else:
-            pipe.load_lora_weights(args.run, weight_name="pytorch_lora_weights.safetensors")
+            pipe.load_lora_weights(args.run, weight_name=LORA)
         after = draw(pipe, args.prompts, args.seed, config)
+        if args.kohya:
+            save_kohya(args.run, args.kohya)
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         sys.exit(f"generate.py: error: cannot draw {args.run} ({why})")

@@ -171,8 +171,7 @@ def make_policy(model, lora_scale=0.1, device="cpu", policy_class=ddpo.Policy, *
     size = {"steps": 4, "images_per_epoch": 6, "updates_per_epoch": 1, "batch_size": 5}
     settings = make_settings(model, device=device, **{**size, **settings})
     torch.manual_seed(5)
-    with torch.enable_grad():  # which it tries on being made
-        policy = policy_class(settings, torch.device(device))
+    policy = policy_class(settings, torch.device(device))
     for layer in policy.lora.values():
         torch.nn.init.normal_(layer.split()[1], std=lora_scale)
     return policy, settings

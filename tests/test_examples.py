@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import LORA, draw, flags, make_policy, save_tiny_pixels
 from PIL import Image
+from safetensors.torch import load_file
 
 import ddpo
 import rewards
@@ -104,6 +105,28 @@ def test_generate_draws_before_and_after_as_in_training(rank, tiniest_model, tmp
     drawn = np.split(picture.astype(int), 2)
     assert [abs(ours - row).max() <= 1 for ours, row in zip((before, after), drawn)] == [True] * 2
     assert (before != after).mean() > 0.1
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_kohyas_names_are_the_same_lora(rank, tiny_model, tmp_path):
+    """In diffusers, which reads both. At rank 1 without the alphas, elsewhere with the rank."""
+    pytest.importorskip("peft")
+    import generate
+
+    policy, _ = make_policy(tiny_model, 0.5, lora_rank=rank)
+    ddpo.save_lora(policy, tmp_path / LORA)
+    generate.save_kohya(tmp_path, tmp_path / "kohya.safetensors")
+    names = load_file(tmp_path / "kohya.safetensors")
+    alphas = [weights.item() for name, weights in names.items() if name.endswith(".alpha")]
+    assert alphas == ([] if rank == 1 else [rank] * len(policy.lora))
+    pictures = []
+    for name in (None, LORA, "kohya.safetensors"):
+        pipe = generate.load(tiny_model)
+        if name:
+            pipe.load_lora_weights(tmp_path, weight_name=name)
+        config = {"steps": 2, "guidance_scale": 3.0}
+        pictures.append(np.asarray(generate.draw(pipe, ["cat"], 0, config)[0]).astype(int))
+    assert abs(pictures[1] - pictures[2]).max() <= 1 < abs(pictures[1] - pictures[0]).max()
 
 
 @pytest.mark.parametrize("what, said", [
