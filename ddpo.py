@@ -72,7 +72,7 @@ class Settings:
 
     reward: str = flag("compressibility", "a name, FILE.py:FUNCTION, or a mix: 'A + 0.1*B'")
     model: str = flag("emoji-diffusion", "hub id or folder: Stable Diffusion 1, 2, XL; DDPM")
-    prompts: str = flag("animals", "animals, activities, imagenet, or a file: one a line")
+    prompts: str = flag("", "animals (if empty), activities, imagenet, or a text file")
     out: str = flag("", "run folder; empty: runs/REWARD, or runs/REWARD-2, ...")
     seed: int = flag(0, "of every random number")
     device: str = flag("auto", "cuda, mps or cpu; auto: the first that is there")
@@ -790,6 +790,8 @@ class Run:
         if "kl" in row:
             line += f"  {nats(row)} in the {len(self.policy.trained_steps)} steps learned from"
         print(f"{line}  {row['seconds']:.0f} s", flush=True)
+        if row.get("ratio_error", 0) > self.policy.clip_range:
+            print(f"ratio_error {row['ratio_error']:.2g}: sampling and learning are two policies")
         vain = [r for r in self.log if r.get("reward_std") == 0 or r.get("grad_norm") == 0]
         if vain == [row]:  # say it once
             print("nothing was learned: all images, or all of each group, got the same reward")
@@ -979,8 +981,8 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
     config = run_config(settings, update=update, run_class=run_class, policy_class=policy_class)
     if resume:
         check_resume(config, resume)
-    prompts = load_prompts(settings.prompts)
-    eval_prompts = load_prompts(settings.eval_prompts or settings.prompts)
+    prompts = load_prompts(settings.prompts or "animals")
+    eval_prompts = load_prompts(settings.eval_prompts or settings.prompts or "animals")
     device = pick_device(settings.device)
     reward_device = pick_device(settings.reward_device or settings.device)
     terms = rewards.load_rewards(reward, settings.monitor, reward_device, COLUMNS)
@@ -988,7 +990,7 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
     torch.set_flush_denormal(True)  # denormal numbers make a CPU crawl
     with explained(f"--model {settings.model}: no such pipeline, or one that cannot be trained"):
         policy = policy_class(settings, device)
-    if not policy.conditional and settings.prompts == Settings.prompts:
+    if not policy.conditional and not settings.prompts:
         prompts = [""]  # those that are given are for the reward
         eval_prompts = eval_prompts if settings.eval_prompts else prompts
     if cut := policy.too_long(list(dict.fromkeys(prompts + eval_prompts))):

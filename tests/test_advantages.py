@@ -7,8 +7,9 @@ import statistics
 
 import pytest
 import torch
-from conftest import failure, flags, launch, remember
+from conftest import failure, flags, launch, make_policy, remember
 
+import ddpo
 from ddpo import group_advantages, prompt_advantages
 
 
@@ -129,3 +130,14 @@ def test_groups_that_do_not_fill_an_epoch_are_refused(tiniest_model, tmp_path, c
     message = failure(capsys, *flags(tiniest_model, out=tmp_path / "run", samples_per_prompt=3))
     assert "images_per_epoch must be a multiple of" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_run_clips_its_advantages(group, tiniest_model):
+    """A rare jackpot would teach too much."""
+    policy, settings = make_policy(
+        tiniest_model, images_per_epoch=16, samples_per_prompt=group, adv_clip=0.5
+    )
+    rewards = torch.arange(16.0) ** 2
+    adv = ddpo.Run(settings, policy).advantages(["cat"] * 16, rewards)
+    assert adv.max() == 0.5 and adv.min() == -0.5 and len(set(adv.tolist())) > 3

@@ -457,3 +457,26 @@ def test_a_ddpm_has_no_guidance(pixels, tmp_path, capsys):
     assert line.endswith("has no guidance: leave out --guidance-scale")
     with pytest.raises(ddpo.UserError, match="no guidance"):
         ddpo.Policy(make_settings(pixels, guidance_scale=1.0), torch.device("cpu"))
+
+
+def test_a_set_that_is_named_counts_as_given(pixels, tmp_path):
+    """The same as the default of a model with prompts."""
+    seen = []
+
+    def reward(images, prompts):
+        seen.extend(prompts)
+        return images.mean((1, 2, 3))
+
+    launch(pixels, tmp_path / "run", reward, epochs=1, prompts="animals", guidance_scale=3.0)
+    assert set(seen) <= set(ddpo.load_prompts("animals")) and len(set(seen)) > 1
+
+
+class TwoPolicies(ddpo.Policy):
+    def predict(self, x_t, t, cond):
+        return super().predict(x_t, t, cond) * (0.9 if torch.is_grad_enabled() else 1)
+
+
+@pytest.mark.parametrize("kind, times", [(ddpo.Policy, 0), (TwoPolicies, 2)])
+def test_two_policies_are_told(kind, times, tiniest_model, tmp_path, capsys):
+    launch(tiniest_model, tmp_path / "run", parts={"policy_class": kind})
+    assert capsys.readouterr().out.count("sampling and learning are two policies") == times

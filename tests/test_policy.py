@@ -20,6 +20,7 @@ from conftest import (
     tiny_unet,
     update_by_sgd,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpo
 
@@ -308,3 +309,36 @@ def test_samples_that_are_not_finite_are_not_scored(part, tiniest_model):
     terms = [("mine", 1.0, lambda images, prompts: pytest.fail("scored"))]
     with pytest.raises(ddpo.UserError, match="samples are not finite"):
         ddpo.sample(policy, terms, ["cat"], 1, torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------- the host
+
+
+class FromTheHost(TorchDispatchMode):
+    """Notes what a GPU would have to wait for: values of the host, and values for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten.lift_fresh, aten._local_scalar_dense, aten.nonzero):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_and_a_micro_batch_need_nothing_of_the_host(tiniest_model):
+    policy, settings = make_policy(tiniest_model)
+    samples = sampled(policy)
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    t = policy.scheduler.timesteps[:1].expand(2)
+    x_t = samples.x[:2, 0]
+    with FromTheHost() as watch:
+        output = policy.predict(x_t, t, samples.cond[:2])
+        ddpo.ddim_step(policy, output, t, x_t, generator=torch.Generator())
+        loss, _ = ddpo.pair_loss(policy, settings, samples, pairs)
+        loss.sum().backward()
+        assert watch.seen == []
+        policy.encode(["cat"])  # once for each batch
+    assert watch.seen == ["aten.lift_fresh.default"]
