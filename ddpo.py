@@ -899,7 +899,7 @@ def save_pictures(images, captions, path):
 # ---------------------------------------------------- 8. the command line
 def load_prompts(name):
     """The prompts of a set in examples/prompts or of a text file: one a line, but # comments."""
-    path = EXAMPLES / "prompts" / f"{name}.txt"
+    path = EXAMPLES / "prompts" / f"{name or 'animals'}.txt"
     with explained(f"prompts {name}: not animals, activities, imagenet, nor a text file"):
         text = (path if path.is_file() else Path(name)).read_text("utf-8-sig")
     lines = [line.strip() for line in text.split("\n")]
@@ -981,8 +981,8 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
     config = run_config(settings, update=update, run_class=run_class, policy_class=policy_class)
     if resume:
         check_resume(config, resume)
-    prompts = load_prompts(settings.prompts or "animals")
-    eval_prompts = load_prompts(settings.eval_prompts or settings.prompts or "animals")
+    prompts = load_prompts(settings.prompts)
+    eval_prompts = load_prompts(settings.eval_prompts or settings.prompts)
     device = pick_device(settings.device)
     reward_device = pick_device(settings.reward_device or settings.device)
     terms = rewards.load_rewards(reward, settings.monitor, reward_device, COLUMNS)

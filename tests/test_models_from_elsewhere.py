@@ -480,3 +480,19 @@ class TwoPolicies(ddpo.Policy):
 def test_two_policies_are_told(kind, times, tiniest_model, tmp_path, capsys):
     launch(tiniest_model, tmp_path / "run", parts={"policy_class": kind})
     assert capsys.readouterr().out.count("sampling and learning are two policies") == times
+
+
+def test_a_gradient_that_is_cut_off_is_refused(tiniest_model, monkeypatch):
+    """As by layers that are quantised on the way: below them nothing would learn."""
+    load = ddpo.load_pipeline
+
+    def cut(*args):
+        pipe = load(*args)
+        for name, layer in pipe.unet.named_modules():
+            if name.endswith("to_out.0"):
+                layer.register_forward_pre_hook(lambda layer, inputs: inputs[0].detach())
+        return pipe
+
+    monkeypatch.setattr(ddpo, "load_pipeline", cut)
+    with pytest.raises(ValueError, match="no gradient comes to its Parameter"):
+        ddpo.Policy(make_settings(tiniest_model, lora_rank=4), torch.device("cpu"))

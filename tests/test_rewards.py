@@ -533,7 +533,7 @@ def test_a_file_with_the_name_of_another_module_is_refused(mine, name):
     load("my-own+file.py:redness")
     (mine / "below").mkdir()
     (mine / "below" / f"{name}.py").write_text("def f(images, prompts):\n    return 0\n")
-    with pytest.raises(rewards.UserError, match=f"another module is called {re.escape(name)}"):
+    with pytest.raises(rewards.UserError, match=f"{re.escape(name)} cannot be imported from there"):
         rewards.load_rewards(f"below/{name}.py:f")
 
 

@@ -70,7 +70,7 @@ def launch(settings, resume):
     terms = rewards.load_rewards(settings.reward, device=device)
     policy = ddpo.Policy(settings, device)
     generator, choice = ddpo.random_numbers(settings, 1, device)
-    prompts = ddpo.load_prompts(settings.prompts or "animals") if policy.conditional else [""]
+    prompts = ddpo.load_prompts(settings.prompts) if policy.conditional else [""]
     drawn = [prompts[i] for i in torch.randint(len(prompts), (IMAGES,), generator=choice)]
     levels = policy.levels[:, policy.scheduler.timesteps]
     _, std = ddpo.ddim_mean_std(0.0, 0.0, *levels)  # (T,)
