@@ -1,6 +1,6 @@
 """Proves that what examples/experiments/benchmark.py prints follows from what it timed, that phase
-and floor make the same calls of the network, as many as it says, and that its Stable Diffusions are
-the published ones."""
+and floor make the same calls of the network, as many as it says, that its Stable Diffusions are the
+published ones, and that memory.py adds up what is alive."""
 
 import json
 import re
@@ -17,6 +17,7 @@ import ddpo
 
 sys.path.insert(0, str(ddpo.EXAMPLES / "experiments"))
 import benchmark
+import memory
 
 SMALL = {"steps": 5, "images_per_epoch": 6, "updates_per_epoch": 2, "batch_size": 4}
 
@@ -187,6 +188,35 @@ def test_a_random_model_goes_through_all_phases(arch, calls, tmp_path, monkeypat
     what = "random weights, latents 4 x 8 x 8, guidance 5.0, LoRA of rank 4"
     assert f"model    {arch}, {what}" in out and not err
     assert same_calls(*calls) and not list(tmp_path.iterdir())
+
+    # The same model on paper: the UNet in half precision, the VAE in float32, and a LoRA.
+    pipe = benchmark.random_pipeline(arch, torch.device("meta"))
+    weights = 2 * pipe.unet.num_parameters() + 4 * pipe.vae.num_parameters()
+    rest, sampling, _, update = memory.count(arch, "--batch-size=2")
+    assert weights / 1e9 < rest < 1.2 * weights / 1e9 and rest < sampling < update
+    linear = sum(layer.weight.numel() for layer in pipe.unet.modules()
+                 if isinstance(layer, torch.nn.Linear))  # fmt: skip
+    saved = rest - memory.count(arch, "--batch-size=2", "--int8")[0]
+    assert saved == pytest.approx(linear / 1e9, rel=0.02)
+
+
+def test_memory_is_that_of_what_is_alive():
+    with memory.Alive() as alive:
+        a = torch.empty(100, 256, device="meta")
+        b = a.T + a.view(256, 100)
+        c = a.mul_(2)[:1]
+        assert alive.now == 2 * 102_400
+        del a, b, c
+    assert (alive.now, alive.peak) == (0, 2 * 102_400)
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["sd3"], "memory.py: error: begin with one of sd15, sdxl"),
+    (["sd15", "--steps=0"], "memory.py: error: steps must be finite and at least 1, not 0"),
+])  # fmt: skip
+def test_what_cannot_be_counted_is_said_in_one_line(argv, said):
+    with pytest.raises(SystemExit, match=said):
+        memory.main(argv)
 
 
 @pytest.mark.parametrize("argv, said", [
