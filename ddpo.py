@@ -36,6 +36,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import get_type_hints
 
@@ -82,7 +83,7 @@ class Settings:
     images_per_epoch: int = flag(64, "images sampled in an epoch (the paper: 256)", 2)
     steps: int = flag(7, "denoising steps of an image (the paper: 50)", 1)
     guidance_scale: float = flag(3.0, "classifier-free guidance; none at 1 or below")
-    samples_per_prompt: int = flag(4, "above 1: groups of images from one noise, compared", 1)
+    samples_per_prompt: int = flag(4, "above 1: groups from one noise are compared", 1)
     batch_size: int = flag(32, "images, or pairs to learn from, in a call of the network", 1)
     reward_device: str = flag("", "where the rewards' networks run; empty: --device")
     # learning
@@ -117,8 +118,8 @@ class Settings:
         for name, choices in (("precision", DTYPES), ("objective", OBJECTIVES)):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} {getattr(self, name)}: there are {', '.join(choices)}")
-        if self.images_per_epoch % math.lcm(self.updates_per_epoch, self.samples_per_prompt):
-            raise UserError("images_per_epoch must be a multiple of updates_per_epoch and of"
+        if self.images_per_epoch % (self.updates_per_epoch * self.samples_per_prompt):
+            raise UserError("images_per_epoch must be a multiple of updates_per_epoch times"
                             " samples_per_prompt")
         if self.objective == "reinforce" and self.updates_per_epoch > 1:
             raise UserError("objective reinforce needs fresh samples: add --updates-per-epoch 1")
@@ -187,17 +188,23 @@ class Samples:
     logp: torch.Tensor  # (N, T), under the policy that sampled
     scores: torch.Tensor  # (N, 1 + K): the reward, and each of those that it is mixed of
     adv: torch.Tensor = None  # (N,)
+    alike: int = 1  # so many images in a row begin with the same call of the network
+
+
+def predict_once(policy, x_t, t, cond, alike):
+    """policy.predict, by one call for every `alike` rows that are the same."""
+    return policy.predict(x_t[::alike], t[::alike], cond[::alike]).repeat_interleave(alike, 0)
 
 
 @torch.no_grad()
-def rollout(policy, prompts, x_T, generator):
+def rollout(policy, prompts, x_T, generator, alike=1):
     """Denoise x_T (B, C, H, W) for B prompts: all latents x (B, T+1, C, H, W) and logp (B, T)."""
     cond = policy.encode(prompts)
     x = [x_T]
     logps = []
     for t in policy.scheduler.timesteps:
         t = t.expand(len(prompts))
-        output = policy.predict(x[-1], t, cond)
+        output = predict_once(policy, x[-1], t, cond, 1 if logps else alike)
         x_prev, logp = ddim_step(policy, output, t, x[-1], generator=generator)
         x.append(x_prev)
         logps.append(logp)
@@ -224,22 +231,24 @@ def score(terms, images, prompts):
     return torch.stack([total, *columns], 1)
 
 
-def sample(policy, terms, prompts, batch_size, generator, group=1):
+def sample(policy, terms, prompts, generator, group=1):
     """Roll out and score N prompts. Each `group` of them starts from the same noise: what differs
-    then is due to the policy's steps."""
+    then is due to the policy's steps, and the first one is one call, if no batch parts a group."""
+    alike = 1 if policy.batch_size % group else group
     shape = (len(prompts) // group, *policy.latent_shape)
     x_T = torch.randn(shape, generator=generator, device=policy.device)
     x_T = x_T.repeat_interleave(group, 0)
     parts = []
-    for i in tqdm(range(0, len(prompts), batch_size), "sample", leave=False, disable=None):
-        batch = prompts[i : i + batch_size]
-        x, logp = rollout(policy, batch, x_T[i : i + batch_size], generator)
+    starts = range(0, len(prompts), policy.batch_size)
+    for i in tqdm(starts, "sample", leave=False, disable=None):
+        batch = prompts[i : i + policy.batch_size]
+        x, logp = rollout(policy, batch, x_T[i : i + policy.batch_size], generator, alike)
         images = policy.decode(x[:, -1])
         if not (x.isfinite().all() and images.isfinite().all()):
             raise UserError("samples are not finite: damaged weights, or try --precision fp32")
         parts.append((x, logp, score(terms, images, batch)))
     x, logp, scores = map(torch.cat, zip(*parts))
-    return Samples(prompts, policy.encode(prompts), x, logp, scores)
+    return Samples(prompts, policy.encode(prompts), x, logp, scores, alike=alike)
 
 
 # ---------------------------------------------------- 3. advantages
@@ -298,46 +307,47 @@ def kl_to_pretrained(policy, output, x_t, t, cond):
 
 def nats(row):
     """An epoch's KL as a text."""
-    return f"{row['kl']:.1f} +- {row['kl_error']:.1f} nats"
+    return f"{row['kl']:z.1f} +- {row['kl_error']:.1f} nats"
 
 
 @torch.no_grad()
-def measure_kl(policy, samples, generator):
+def measure_kl(policy, samples):
     """The same of the policy that sampled, over the steps learned from, and its standard error:
-    the mean of log p - log p_pretrained of what was drawn, by a quarter of the images, as each
-    costs a call of the network a step. Steps of hardly any noise would be most of the sum over
-    all steps, and do not show."""
-    count = max(2, len(samples.x) // 4)
-    images = torch.randperm(len(samples.x), generator=generator)[:count].to(policy.device)
-    pairs = torch.cartesian_prod(images, policy.trained_steps)
-    with without_lora():
-        logp = [pair_logp(policy, samples, micro)[1] for micro in pairs.split(policy.batch_size)]
-    kl = (samples.logp[*pairs.T] - torch.cat(logp)) * samples.x[0, 0].numel()
-    kl = kl.view(count, -1).sum(1)
-    return kl.mean(), kl.std() / math.sqrt(count)
+    the mean of log p - log p_pretrained of what was drawn, by every fourth image, as each costs a
+    call of the network a step. Steps of hardly any noise would be most of the sum over all steps,
+    and do not show."""
+    stride = min(4, len(samples.x) // 2)
+    images = torch.arange(0, len(samples.x), stride, device=policy.device)
+    kl = torch.zeros(len(images), device=policy.device)
+    for step in policy.trained_steps:
+        micros = images.split(policy.batch_size)
+        with without_lora():
+            logp = torch.cat([step_logp(policy, samples, micro, step)[1] for micro in micros])
+        kl += (samples.logp[images, step] - logp) * samples.x[0, 0].numel()
+    return kl.mean(), kl.std() / math.sqrt(len(kl))
 
 
 # ---------------------------------------------------- 5. update and train
-def pair_logp(policy, samples, pairs):
-    """The network's output for (image, step) pairs, and the logp (P,) of what was drawn there."""
-    i, j = pairs.unbind(1)
-    t = policy.scheduler.timesteps[j]
-    output = policy.predict(samples.x[i, j], t, samples.cond[i])
-    _, logp = ddim_step(policy, output, t, samples.x[i, j], x_prev=samples.x[i, j + 1])
+def step_logp(policy, samples, images, step, alike=1):
+    """The network's output for one step of B images, and the logp (B,) of what was drawn there."""
+    x_t = samples.x[images, step]
+    t = policy.scheduler.timesteps[step].expand(len(images))
+    output = predict_once(policy, x_t, t, samples.cond[images], alike)
+    _, logp = ddim_step(policy, output, t, x_t, x_prev=samples.x[images, step + 1])
     return output, logp
 
 
-def pair_loss(policy, settings, samples, pairs):
-    """The objective of each (image, step) pair, (P,), and its log(ratio), (P,) without gradient."""
-    i, j = pairs.unbind(1)
-    output, logp = pair_logp(policy, samples, pairs)
-    logp_old = samples.logp[i, j]
+def step_loss(policy, settings, samples, images, step):
+    """The objective of one step of B images, (B,), and its log(ratio), (B,) without gradient."""
+    alike = 1 if step else samples.alike
+    output, logp = step_logp(policy, samples, images, step, alike)
+    logp_old = samples.logp[images, step]
     objective = OBJECTIVES[settings.objective]
-    loss = objective(logp, logp_old, samples.adv[i], policy.clip_range)
+    loss = objective(logp, logp_old, samples.adv[images], policy.clip_range)
     if settings.kl_coef:  # logp is a mean over the dimensions, so the KL is one too
-        x_t = samples.x[i, j]
-        t = policy.scheduler.timesteps[j]
-        kl = kl_to_pretrained(policy, output, x_t, t, samples.cond[i])
+        x_t = samples.x[images, step]
+        t = policy.scheduler.timesteps[step].expand(len(images))
+        kl = kl_to_pretrained(policy, output, x_t, t, samples.cond[images])
         loss = loss + settings.kl_coef * kl / x_t[0].numel()
     return loss, logp.detach() - logp_old
 
@@ -346,20 +356,21 @@ def update(run, samples, generator):
     """Deal N images into minibatches and take an optimizer step on each, with the mean gradient of
     its (image, step) pairs, added up in micro-batches. Returns the epoch's metrics."""
     policy = run.policy
-    images = torch.randperm(len(samples.x), generator=generator).to(policy.device)
-    minibatches = images.chunk(run.settings.updates_per_epoch)
+    steps = policy.trained_steps
+    images = torch.arange(len(samples.x)).view(-1, samples.alike)  # who begins alike stays together
+    images = images[torch.randperm(len(images), generator=generator)].flatten()
+    minibatches = images.to(policy.device).chunk(run.settings.updates_per_epoch)
     seen = []
     norms = []
     for minibatch in tqdm(minibatches, "update", leave=False, disable=None):
-        pairs = torch.cartesian_prod(minibatch, policy.trained_steps)  # (P, 2)
-        for micro in pairs.split(policy.batch_size):
-            loss, log_ratio = pair_loss(policy, run.settings, samples, micro)
-            run.scaler.scale(loss.sum() / len(pairs)).backward()
+        for step, micro in product(steps, minibatch.split(policy.batch_size)):
+            loss, log_ratio = step_loss(policy, run.settings, samples, micro, step)
+            run.scaler.scale(loss.sum() / (len(minibatch) * len(steps))).backward()
             seen.append(torch.stack([loss.detach(), log_ratio]))
         norms.append(run.step())
     loss, log_ratio = torch.cat(seen, 1)  # of all pairs
     off = (log_ratio.exp() - 1).abs()
-    first = len(minibatches[0]) * len(policy.trained_steps)
+    first = len(minibatches[0]) * len(steps)
     return {
         "loss": loss.mean(),
         "ratio_error": off[:first].max(),  # before the first step the two policies are one
@@ -384,12 +395,13 @@ def train(run, terms, prompts, eval_prompts, update=update):
         noise, choice = random_numbers(settings, epoch, policy.device)
         group = settings.samples_per_prompt
         count = settings.images_per_epoch // group
-        chosen = torch.randint(len(prompts), (count,), generator=choice)
+        deck = torch.randperm(len(prompts), generator=choice)  # none twice before all had a turn
+        chosen = deck.repeat(-(-count // len(deck)))[:count]
         drawn = [prompts[i] for i in chosen.repeat_interleave(group)]
-        samples = sample(policy, terms, drawn, settings.batch_size, noise, group)
+        samples = sample(policy, terms, drawn, noise, group)
         samples.adv = run.advantages(drawn, samples.scores[:, 0]).to(policy.device)
 
-        row = {"epoch": epoch, **run.describe(terms, samples, choice)}
+        row = {"epoch": epoch, **run.describe(terms, samples)}
         too_far = run.too_far(row)
         if too_far:
             run.go_back()
@@ -419,8 +431,10 @@ class Policy:
         self.device = device
         auto = torch.float16 if device.type == "cuda" else torch.float32
         self.dtype = DTYPES[settings.precision] or auto
-        # As many pairs as images at a time: half precision rounds both alike, and the ratio is 1.
-        self.batch_size = settings.batch_size
+        # As many to learn from as are sampled at a time, and no more than there are in a minibatch:
+        # half precision rounds both alike, and the ratio is 1.
+        minibatch = settings.images_per_epoch // settings.updates_per_epoch
+        self.batch_size = min(settings.batch_size, minibatch)
         # Frozen, so half precision will do; elsewhere autocast casts it.
         half = device.type == "cuda" and settings.lora_rank
         self.pipe = load_pipeline(settings.model, self.dtype if half else torch.float32)
@@ -503,8 +517,8 @@ class Policy:
         # A deterministic step has nothing to learn from. Nearly deterministic ones are not worth
         # it: their noise does not show, but their gradient, in 1 / std, drowns the rest.
         _, std = ddim_mean_std(0.0, 0.0, *levels)  # (T,)
-        self.trained_steps = (std > settings.min_std).nonzero().flatten()
-        if not len(self.trained_steps):
+        self.trained_steps = [step for step in range(len(std)) if std[step] > settings.min_std]
+        if not self.trained_steps:
             raise UserError("no step adds noise to learn from: use more --steps, less --min-std")
 
     def mean_std(self, output, t, x_t):
@@ -730,7 +744,7 @@ class Run:
         self.optimizer.zero_grad()
         return norm
 
-    def describe(self, terms, samples, generator):
+    def describe(self, terms, samples):
         """What the samples of an epoch tell, for metrics.csv: their rewards and KL."""
         reward = samples.scores[:, 0]
         row = {"queries": self.log[-1]["queries"] + len(reward),
@@ -739,7 +753,7 @@ class Run:
             labels = [label for label, _, _ in terms]
             row |= zip(labels, samples.scores.mean(0)[1:])
         if self.settings.lora_rank:  # else there is no pretrained model left
-            row["kl"], row["kl_error"] = measure_kl(self.policy, samples, generator)
+            row["kl"], row["kl_error"] = measure_kl(self.policy, samples)
         return row
 
     def evaluate(self, terms, prompts, epoch):
@@ -747,7 +761,7 @@ class Run:
         prompts = [prompts[i % len(prompts)] for i in range(self.settings.eval_images)]
         terms = [term for term in terms if term[1]]  # monitors, of weight 0, are for the epochs
         noise, _ = random_numbers(self.settings, 0, self.policy.device)
-        samples = sample(self.policy, terms, prompts, self.settings.batch_size, noise)
+        samples = sample(self.policy, terms, prompts, noise)
         reward = samples.scores[:, 0]
         captions = [f"{prompt[:16]}  {r:.2f}" for prompt, r in zip(prompts, reward.tolist())]
         path = self.folder / "samples" / f"epoch_{epoch:04d}.png"
@@ -1002,10 +1016,13 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
             with explained(f"{folder / 'state.pt'} is damaged or of another kind of run"):
                 run.load(torch.load(folder / "state.pt", "cpu", weights_only=True))  # no code
         size = sum(weight.numel() for weight in policy.weights)
+        among = "with the recent ones of their prompt"
+        if settings.samples_per_prompt > 1:
+            among = f"in groups of {settings.samples_per_prompt}"
         print(f"trains {size:,} weights of {settings.model} on {device} in {policy.dtype};"
               f" an epoch is {settings.images_per_epoch} images of {settings.steps} steps,"
-              f" {len(policy.trained_steps)} of them learned from; results go to {folder}",
-              flush=True)
+              f" {len(policy.trained_steps)} of them learned from; rewards are compared {among};"
+              f" results go to {folder}", flush=True)
         train(run, terms, prompts, eval_prompts, update)
         run.end()
     evaluated = [row for row in run.log if "eval_reward" in row]

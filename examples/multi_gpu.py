@@ -43,6 +43,7 @@ class SharedRun(ddpo.Run):
             raise ddpo.UserError(f"images_per_epoch must be a multiple of {dist.get_world_size()}")
         seed = settings.seed + 101 * dist.get_rank()  # each has prompts and noise of its own
         super().__init__(replace(settings, images_per_epoch=images, seed=seed), policy, folder)
+        policy.batch_size = min(policy.batch_size, images // settings.updates_per_epoch)
         SharedRun.begun = True
 
     def advantages(self, prompts, rewards):  # of this process's images, among the rewards of all
@@ -55,8 +56,8 @@ class SharedRun(ddpo.Run):
             weight.grad /= dist.get_world_size()
         return super().step()
 
-    def describe(self, terms, samples, generator):
-        row = mean(super().describe(terms, samples, generator))
+    def describe(self, terms, samples):
+        row = mean(super().describe(terms, samples))
         if "kl_error" in row:  # that of a mean of so many estimates
             row["kl_error"] /= dist.get_world_size() ** 0.5
         rewards = torch.cat(gather(samples.scores[:, 0]))

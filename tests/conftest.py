@@ -190,7 +190,7 @@ def sampled(policy, adv=0.0, prompts=PROMPTS):
     if not policy.conditional:
         prompts = [""] * len(prompts)
     generator = torch.Generator(policy.device).manual_seed(0)
-    samples = ddpo.sample(policy, BRIGHTNESS, prompts, policy.batch_size, generator)
+    samples = ddpo.sample(policy, BRIGHTNESS, prompts, generator)
     samples.adv = torch.as_tensor(adv, device=policy.device).expand(len(prompts))
     return samples
 

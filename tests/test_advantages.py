@@ -110,6 +110,7 @@ def test_a_group_shares_its_prompt_and_first_noise_and_is_its_own_baseline(
         return scores
 
     given = {"images_per_epoch": 12, "batch_size": 3, "epochs": 1, "samples_per_prompt": 4}
+    given |= {"updates_per_epoch": 1}
     launch(tiniest_model, tmp_path / "run", watch, remember(seen), **given)
     drawn = [pair for batch in batches[1:5] for pair in batch]  # after the first evaluation
     groups = [drawn[:4], drawn[4:8], drawn[8:]]
@@ -118,7 +119,7 @@ def test_a_group_shares_its_prompt_and_first_noise_and_is_its_own_baseline(
     centred = (reward - reward.mean(1, keepdim=True)).flatten()
     expected = centred / centred.square().mean().sqrt()
     _, samples = seen[0]
-    torch.testing.assert_close(samples.adv, expected.float(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(samples.adv, expected.float(), rtol=1e-2, atol=5e-3)
     x = samples.x
     for group in x.split(4):
         assert (group[:, 0] == group[:1, 0]).all()

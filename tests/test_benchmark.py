@@ -60,7 +60,7 @@ def calls(monkeypatch):
 def test_the_numbers_follow_from_the_times_and_the_calls_are_those_made(
     calls, tiniest_model, tmp_path, capsys
 ):
-    how = {"guidance_scale": 3.0, "images_per_epoch": 4}
+    how = {"guidance_scale": 3.0, "images_per_epoch": 8}
     result = bench(tiniest_model, tmp_path / "b.json", "--repeats=2", **how)
     phases = result["phases"]
     names = ("sampling", "update", "decode", "reward")
@@ -100,17 +100,18 @@ def test_the_numbers_follow_from_the_times_and_the_calls_are_those_made(
     assert table[3][1:5] == ["-"] * 4 and all(row[-1] == "- |" for row in table[1:])
 
 
-def test_images_count_twice_and_the_last_call_may_be_smaller(calls, tiniest_model, tmp_path):
-    """Two calls of 4 pairs are wanted, of 3 images with 2 of 5 steps: the images count twice. Then
-    calls of 7, all steps, and as many optimizer steps as an epoch has."""
+def test_images_count_twice_if_they_are_too_few_for_two_calls(calls, tiniest_model, tmp_path):
+    """Two calls of 3 pairs are wanted, of 3 images with 1 of 5 steps: the images count twice. Then
+    calls of 7, all steps, and as many optimizer steps as so many pairs have in an epoch."""
     how = {"guidance_scale": 1.0, "images_per_epoch": 3, "updates_per_epoch": 1}
-    update = bench(tiniest_model, tmp_path / "b.json", **how)["phases"]["update"]
-    assert (update["pairs"], update["optimizer_steps"]) == (12, 1)
-    how = {"guidance_scale": 1.0, "batch_size": 7}
+    result = bench(tiniest_model, tmp_path / "b.json", "--measure-steps=1", **how)
+    update = result["phases"]["update"]
+    assert (result["images"], update["pairs"], update["optimizer_steps"]) == (3, 6, 1)
+    how = {"guidance_scale": 1.0, "batch_size": 7, "images_per_epoch": 14}
     result = bench(tiniest_model, tmp_path / "c.json", "--measure-steps=5", **how)
     update = result["phases"]["update"]
-    assert (result["images"], update["pairs"], update["optimizer_steps"]) == (6, 30, 2)
-    expected = 3 * [(4, True, True)] * 3 + 3 * [(n, True, True) for n in (7, 7, 1) * 2]
+    assert (result["images"], update["pairs"], update["optimizer_steps"]) == (7, 35, 1)
+    expected = 3 * [(3, True, True)] * 2 + 3 * [(7, True, True)] * 5
     assert [call for call in calls[0] if call[1]] == expected  # recorded, warm-up, once
     assert len([call for call in calls[1] if call[1]]) == len(expected) / 3 * 2
 

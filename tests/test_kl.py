@@ -2,12 +2,14 @@
 estimated without bias, with its error; that the penalty is its gradient; that the limit ends a
 run."""
 
+from unittest import mock
+
 import pytest
 import torch
 from conftest import (
+    BRIGHTNESS,
     PROMPTS,
     TINIEST,
-    draw,
     failure,
     flags,
     flat,
@@ -72,7 +74,7 @@ def test_the_lora_is_on_again_afterwards(tiniest_model):
     x_t = samples.x[:, 0]
     t = policy.scheduler.timesteps[:1].expand(6)
     before = policy.predict(x_t, t, samples.cond)
-    ddpo.measure_kl(policy, samples, torch.Generator())
+    ddpo.measure_kl(policy, samples)
     assert torch.equal(policy.predict(x_t, t, samples.cond), before)
     ddpo.kl_to_pretrained(policy, before, x_t, t, samples.cond).sum().backward()
     assert torch.equal(policy.predict(x_t, t, samples.cond), before)
@@ -81,27 +83,34 @@ def test_the_lora_is_on_again_afterwards(tiniest_model):
 
 @torch.no_grad()
 def test_the_estimate_is_unbiased_and_counts_the_trained_steps(pretrained, tmp_path):
-    """It takes a quarter of the images, any of them, and their steps that are learned from: 2 of 4,
+    """It takes every fourth image, one of each group, and its steps that are learned from: 2 of 4,
     of which the last is deterministic. A step's log-ratio has twice its KL as its variance."""
     unet = tiny_unet(**TINIEST)
     model = save_tiny_pipeline(tmp_path / "model", unet, set_alpha_to_one=True)
-    policy, _ = make_policy(model, lora_scale=2.0, min_std=0.3, batch_size=80)
+    given = {"min_std": 0.3, "images_per_epoch": 80, "batch_size": 80}
+    policy, _ = make_policy(model, lora_scale=2.0, **given)
     prompts = PROMPTS[:2] * 40
-    x, logp = draw(policy, prompts, torch.Generator().manual_seed(0))
-    samples = ddpo.Samples(prompts, policy.encode(prompts), x, logp, None)
-    kl = exact_kl(policy, pretrained, samples)
-    assert policy.trained_steps.tolist() == [0, 1]
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh():
+        return ddpo.sample(policy, BRIGHTNESS, prompts, generator, 4)
+
+    kl = exact_kl(policy, pretrained, fresh())
+    assert policy.trained_steps == [0, 1]
     assert kl.shape == (80, 3) and kl.min() > 1e-2
     exact = kl[:, :2].sum(1)
     assert kl.sum(1).mean() > 2 * exact.mean(), "all steps would give another sum"
     expected_error = ((2 * exact.mean() + exact.var()) / 20).sqrt().item()
     estimates = []
-    for seed in range(4):
-        estimate, error = ddpo.measure_kl(policy, samples, torch.Generator().manual_seed(seed))
+    for _ in range(4):
+        samples = fresh()
+        with mock.patch.object(ddpo, "step_logp", side_effect=ddpo.step_logp) as step_logp:
+            estimate, error = ddpo.measure_kl(policy, samples)
+        asked = [call.args[2].tolist() for call in step_logp.call_args_list]
+        assert asked == [list(range(0, 80, 4))] * 2
         assert abs(estimate - exact.mean()) < 4 * error < exact.mean()
         assert error.item() == pytest.approx(expected_error, rel=0.4)
         estimates.append(estimate.item())
-    assert len(set(estimates)) == 4, "the same images"
     mean = sum(estimates) / 4  # with the error of a single sample of all 80
     assert abs(mean - exact.mean()) < 4 * expected_error / 2
 

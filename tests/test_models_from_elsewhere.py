@@ -447,7 +447,8 @@ def test_prompts_for_a_ddpm_are_for_its_reward(given, asked, evaluated, pixels, 
         return images.mean((1, 2, 3))
 
     given = {name: tmp_path / file for name, file in given.items()}
-    sizes = {"epochs": 1, "images_per_epoch": 16, "batch_size": 16, "guidance_scale": 3.0}
+    sizes = {"epochs": 1, "images_per_epoch": 16, "guidance_scale": 3.0}
+    sizes |= {"batch_size": 16, "updates_per_epoch": 1}
     launch(pixels, tmp_path / "run", reward, **sizes, **given)
     before, epoch, after = map(set, seen)
     assert epoch == asked and before == after == evaluated

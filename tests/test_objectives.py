@@ -79,7 +79,7 @@ class OneNumberPolicy:
         self.scheduler = DDIMScheduler(6, 0.2, 0.5, **config, **last_step_is_random)
         self.scheduler.set_timesteps(3)
         self.levels = ddpo.ddim_levels(self.scheduler)
-        self.trained_steps = torch.arange(3)
+        self.trained_steps = [0, 1, 2]
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.latent_shape = (1, 1, 1)

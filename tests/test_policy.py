@@ -3,6 +3,8 @@ ratio of 1 before an update, a gradient that the batch size does not change, eac
 pair learned from once, deterministic steps never."""
 
 import shutil
+from dataclasses import replace
+from unittest import mock
 
 import diffusers
 import pytest
@@ -81,7 +83,7 @@ def test_weights_in_half_precision_give_the_same_gradient(tiniest_model):
     before, _ = update_by_sgd(policy, settings, sampled(policy, ADV), lr=0.0)
     assert before["ratio_error"] <= 2e-4 and before["skipped"] == 0
     _, rounded = update_by_sgd(policy, settings, samples)
-    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.985  # 0.990, of fp16 activations
 
 
 def test_dropout_is_off(tmp_path):
@@ -165,7 +167,7 @@ def test_min_std_leaves_out_the_steps_that_add_little_noise(tiniest_model):
     policy, _ = make_policy(tiniest_model)
     for min_std, trained in [(0.0, 10), (0.03, 9), (0.1, 8)]:
         policy.set_steps(make_settings(tiniest_model, steps=10, min_std=min_std))
-        assert policy.trained_steps.tolist() == list(range(trained))
+        assert policy.trained_steps == list(range(trained))
 
 
 # ---------------------------------------------------- which pairs
@@ -285,7 +287,7 @@ def test_a_trajectory_is_a_chain_of_scored_steps(tiniest_model):
     policy, _ = make_policy(tiniest_model, steps=2)
     length = ("length", 0.5, lambda images, prompts: [len(p) for p in prompts])
     generator = torch.Generator().manual_seed(0)
-    samples = ddpo.sample(policy, [*BRIGHTNESS, length], PROMPTS, 4, generator)
+    samples = ddpo.sample(policy, [*BRIGHTNESS, length], PROMPTS, generator)
     x, scores = samples.x, samples.scores
     assert x.shape == (6, 3, 4, 8, 8) and samples.logp.shape == (6, 2) and scores.shape == (6, 3)
     assert scores.dtype == torch.float32 and samples.prompts == PROMPTS
@@ -301,6 +303,59 @@ def test_a_trajectory_is_a_chain_of_scored_steps(tiniest_model):
             torch.testing.assert_close(again, samples.logp[row, j], rtol=1e-5, atol=1e-5)
 
 
+def test_a_group_begins_with_one_call_of_the_network(tiniest_model, monkeypatch):
+    """And samples and learns as if each image had a call of its own; but each has one where a batch
+    would part a group."""
+    given = {"images_per_epoch": 8, "samples_per_prompt": 4, "batch_size": 8}
+    policy, settings = make_policy(tiniest_model, **given)
+    calls = []
+    predict = policy.predict
+    monkeypatch.setattr(policy, "predict", lambda x, t, c: calls.append(len(x)) or predict(x, t, c))
+    prompts = [prompt for prompt in PROMPTS[:2] for _ in range(4)]
+
+    def sample():
+        samples = ddpo.sample(policy, BRIGHTNESS, prompts, torch.Generator().manual_seed(0), 4)
+        samples.adv = torch.linspace(-1, 1, 8)
+        return samples
+
+    once = sample()
+    assert once.alike == 4 and calls == [2, 8, 8, 8]
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpo, "predict_once", lambda _, x_t, t, cond, alike: predict(x_t, t, cond))
+        each = sample()
+    torch.testing.assert_close((once.x, once.logp), (each.x, each.logp))
+    assert torch.equal(once.x[:4, 0], once.x[:1, 0].expand(4, -1, -1, -1))
+    assert not torch.equal(once.x[0, 1], once.x[1, 1])
+
+    calls.clear()
+    metrics, moved = update_by_sgd(policy, settings, once)
+    assert calls == [2, 8, 8, 8] and metrics["ratio_error"] == 0
+    calls.clear()
+    each, settings = make_policy(tiniest_model, **given)
+    each.encode(prompts)
+    _, expected = update_by_sgd(each, settings, replace(once, alike=1))
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+    assert expected.norm() > 1e-3
+
+    policy.batch_size = 6
+    calls.clear()
+    assert sample().alike == 1 and calls == [6] * 4 + [2] * 4
+
+
+def test_whole_groups_are_dealt_into_minibatches(tiniest_model):
+    given = {"images_per_epoch": 12, "samples_per_prompt": 2, "updates_per_epoch": 3}
+    policy, settings = make_policy(tiniest_model, batch_size=2, **given)
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    samples = ddpo.sample(policy, BRIGHTNESS, prompts, torch.Generator().manual_seed(0), 2)
+    samples.adv = torch.zeros(12)
+    with mock.patch.object(ddpo, "step_loss", side_effect=ddpo.step_loss) as step_loss:
+        ddpo.update(ddpo.Run(settings, policy), samples, torch.Generator().manual_seed(0))
+    dealt = [(call.args[4], *call.args[3].tolist()) for call in step_loss.call_args_list]
+    assert sorted(dealt) == [(step, i, i + 1) for step in range(4) for i in range(0, 12, 2)]
+    first = [pair for step, *pair in dealt if step == 0]
+    assert first != sorted(first)
+
+
 @pytest.mark.parametrize("part", ["LoRA", "VAE"])
 def test_samples_that_are_not_finite_are_not_scored(part, tiniest_model):
     policy, _ = make_policy(tiniest_model)
@@ -308,7 +363,7 @@ def test_samples_that_are_not_finite_are_not_scored(part, tiniest_model):
     damaged.data[0] = float("nan")
     terms = [("mine", 1.0, lambda images, prompts: pytest.fail("scored"))]
     with pytest.raises(ddpo.UserError, match="samples are not finite"):
-        ddpo.sample(policy, terms, ["cat"], 1, torch.Generator().manual_seed(0))
+        ddpo.sample(policy, terms, ["cat"], torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------- the host
@@ -331,13 +386,13 @@ class FromTheHost(TorchDispatchMode):
 def test_a_step_and_a_micro_batch_need_nothing_of_the_host(tiniest_model):
     policy, settings = make_policy(tiniest_model)
     samples = sampled(policy)
-    pairs = torch.tensor([[0, 1], [2, 3]])
+    images = torch.tensor([0, 2])
     t = policy.scheduler.timesteps[:1].expand(2)
     x_t = samples.x[:2, 0]
     with FromTheHost() as watch:
         output = policy.predict(x_t, t, samples.cond[:2])
         ddpo.ddim_step(policy, output, t, x_t, generator=torch.Generator())
-        loss, _ = ddpo.pair_loss(policy, settings, samples, pairs)
+        loss, _ = ddpo.step_loss(policy, settings, samples, images, 1)
         loss.sum().backward()
         assert watch.seen == []
         policy.encode(["cat"])  # once for each batch

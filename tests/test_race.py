@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw, make_policy, read_metrics, sampled, small_run
+from conftest import BRIGHTNESS, draw, make_policy, read_metrics, sampled, small_run
 
 import ddpo
 import rewards
@@ -113,7 +113,7 @@ def calls_counted(update, policy, settings):
     for before in ({}, {"calls": 1000}):
         run.log = [before]
         metrics = race.counted(update)(run, samples, torch.Generator().manual_seed(0))
-        assert metrics["loss"] != 0 and metrics["skipped"] == 0
+        assert metrics["grad_norm"] > 0 and metrics["skipped"] == 0
         found.append(metrics["calls"])
     assert found[1] == found[0] + 1000
     assert policy.predict == ddpo.Policy.predict.__get__(policy), "evaluations would be counted"
@@ -131,6 +131,17 @@ def test_ddpo_costs_a_call_for_a_step_and_three_to_learn_from_it(settings, calls
     """A backward is two calls."""
     policy, settings = make_policy(tiniest_model, steps=T, images_per_epoch=N, **settings)
     assert calls_counted(ddpo.update, policy, settings) == calls
+
+
+def test_a_group_begins_with_one_call(tiniest_model):
+    given = {"images_per_epoch": 8, "samples_per_prompt": 4, "batch_size": 4}
+    policy, settings = make_policy(tiniest_model, steps=T, **given)
+    samples = ddpo.sample(policy, BRIGHTNESS, ["cat"] * 8, torch.Generator().manual_seed(0), 4)
+    samples.adv = torch.linspace(-1, 2, 8)
+    run = ddpo.Run(settings, policy)
+    run.log = [{}]
+    metrics = race.counted(ddpo.update)(run, samples, torch.Generator().manual_seed(0))
+    assert metrics["calls"] == (2 + 8 * (T - 1)) * (1 + 3)
 
 
 def test_methods_of_finished_images_cost_calls_for_noise_levels(tiniest_model):

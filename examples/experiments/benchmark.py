@@ -12,8 +12,9 @@ added (--precision, --batch-size, --steps, --lora-rank, --reward, ...).
 
 A batch is sampled, decoded and scored, and then learned from. Each of these is timed --repeats
 times after a warm-up; medians count. All denoising steps cost the same, so only the first
---measure-steps are run. The batch is copied if need be, to learn from at least two calls of
---batch-size pairs; optimizer steps are as rare as in a real epoch, but there is one at least.
+--measure-steps are run, with a call for each image (groups would share their first one). The batch
+is copied if need be, to learn from at least two calls of --batch-size pairs; optimizer steps are as
+rare as in a real epoch, but there is one at least.
 
 Sampling and update take turns with their floor: the same UNet, called as often with inputs of the
 same shape (twice the batch with guidance), dtype and autocast, and nothing else. For sampling that
@@ -201,11 +202,11 @@ def measure(settings, repeats, measure_steps, arch=None):
     terms = rewards.load_rewards(s.reward, s.monitor, reward_device)
     noise, choice = ddpo.random_numbers(s, 0, device)
     policy = load_policy(s, device, arch)
-    batch = min(s.batch_size, s.images_per_epoch)
+    batch = policy.batch_size
     steps = min(measure_steps, s.steps)
     trained = len(policy.trained_steps)  # of an image, in training
     policy.scheduler.timesteps = policy.scheduler.timesteps[:steps]
-    policy.trained_steps = policy.trained_steps[policy.trained_steps < steps]
+    policy.trained_steps = [step for step in policy.trained_steps if step < steps]
     learned = len(policy.trained_steps)
     if not learned:
         what = f"--min-std {s.min_std} leaves out the first {steps} steps"

@@ -73,7 +73,7 @@ class OnPaper(ddpo.Policy):
         self.device = card
         self.levels = self.levels.to(card)
         self.scheduler.timesteps = self.scheduler.timesteps[:2].to(card)
-        self.trained_steps = self.trained_steps[:2].to(card)
+        self.trained_steps = self.trained_steps[:2]
 
     def embed(self, prompt):  # text encoders are on the host
         config = self.unet.config
@@ -107,7 +107,6 @@ def count(arch, *flags):
     """10^9 bytes at rest, and at the peaks of sampling, decoding and updating."""
     line = [flag for flag in flags if flag != "--int8"]
     settings, _ = ddpo.parse([f"@{ddpo.EXAMPLES / benchmark.FLAGS[arch]}", *line])
-    n = settings.batch_size
     peaks = []
 
     def measure(function, *args):
@@ -124,6 +123,7 @@ def count(arch, *flags):
         run = ddpo.Run(replace(settings, updates_per_epoch=1), policy)
         run.optimizer.param_groups[0]["foreach"] = True  # as on a GPU
         peaks.append(alive.now / 1e9)
+        n = policy.batch_size
         x_T = torch.zeros(n, *policy.latent_shape, device="meta")
         x, logp = measure(ddpo.rollout, policy, ["a"] * n, x_T, None)
         measure(policy.decode, x[:, -1])

@@ -58,9 +58,12 @@ CALLS = {"compressibility": 15_000, "incompressibility": 15_000, "clipscore": 6_
 NAMED = 0.95  # at least, for a reward to count
 SPOILT = 0.8  # a run with fewer pictures named does not come back
 FORWARD = {"noise_levels": 2, "adv_clip": 5.0, "lr": 0.004}
-METHODS = {  # beside the bundled model's own settings
+PAPER = {"samples_per_prompt": 1, "stats_buffer": 32, "min_std": 0.0, "adv_clip": 5.0,
+         "clip_range": 0.0}  # of all steps, per-prompt statistics, and 1.64 nats
+METHODS = {  # beside the bundled model's own settings, which are groups of 4
     "DDPO-IS": {},
     "DDPO-SF": {"objective": "reinforce", "updates_per_epoch": 1, "lr": 0.004},
+    "DDPO-IS-paper": PAPER,
     "RWR": {"method": "rwr", **FORWARD},
     "AWM": {"method": "awm", **FORWARD},
     "NFT": {"method": "nft", "beta": 0.1, **FORWARD},
@@ -106,6 +109,7 @@ def counted(update):
         policy = run.policy
         predict = policy.predict
         calls = samples.logp.numel()  # a log-probability for each image and step
+        calls -= len(samples.logp) * (1 - 1 / samples.alike)  # groups begin with one call
 
         def count(x_t, t, cond):
             nonlocal calls
