@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -109,6 +110,64 @@ def test_generate_draws_before_and_after_as_in_training(rank, tiniest_model, tmp
         drawn.append(np.concatenate(tiles, 1))
     assert [abs(ours - row).max() <= 1 for ours, row in zip((before, after), drawn)] == [True] * 2
     assert (before != after).mean() > 0.1
+
+
+def test_generate_draws_with_another_sampler(tiniest_model, tmp_path, monkeypatch):
+    """As diffusers draws with it, above without the LoRA and below with it."""
+    pytest.importorskip("peft")
+    write_config(tmp_path, tiniest_model)
+    policy, _ = make_policy(tiniest_model, lora_scale=0.5)
+    ddpo.save_lora(policy, tmp_path / LORA)
+    how = ["--scheduler=HeunDiscreteScheduler", "--steps=3", "--guidance=1.5", "--prompts=cat"]
+    run_script("generate.py", monkeypatch, tmp_path, *how)
+    picture = np.asarray(Image.open(tmp_path / "generated.png")).astype(int)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiniest_model)
+    config = {"clip_sample": False, **pipe.scheduler.config}
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(config)
+    for row in np.split(picture, 2):
+        generator = torch.Generator().manual_seed(0)
+        how = {"num_inference_steps": 3, "guidance_scale": 1.5, "generator": generator}
+        expected = np.asarray(pipe("cat", **how).images[0]).astype(int)
+        assert abs(row[2:-16, 2:-2] - expected).max() <= 1
+        pipe.load_lora_weights(tmp_path, weight_name=LORA)
+
+    with pytest.raises(SystemExit) as end:
+        run_script("generate.py", monkeypatch, tmp_path, "--scheduler=Euler")
+    assert "no scheduler Euler for it; there are DDIMScheduler, DDPM" in end.value.code
+
+
+def test_elsewhere_goes_on_and_means_the_runs(tiniest_model, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    import elsewhere
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(elsewhere, "WAYS", [("DDIM", 2, 1.0), ("DDIM, eta 0", 3, 3.0)])
+    for run, shade in (("a", 0.1), ("b", 0.3)):
+        Path(run).mkdir()
+        write_config(Path(run), tiniest_model, reward="compressibility")
+        Path(run, "shade").write_text(str(shade))
+    drawn = []
+
+    class Pipe:
+        shade = 0.0
+
+        def load_lora_weights(self, run, weight_name):
+            self.shade = float((run / "shade").read_text())
+
+    def judged(pipe, reward, sampler, steps, guidance):
+        drawn.append((pipe.shade, sampler, steps, guidance))
+        assert reward is rewards.compressibility
+        return -steps + pipe.shade, 1 - pipe.shade
+
+    monkeypatch.setattr(elsewhere.generate, "load", lambda model: Pipe())
+    monkeypatch.setattr(elsewhere, "judged", judged)
+    for argv in (["--steps=2"], []):
+        monkeypatch.setattr(sys, "argv", ["elsewhere.py", "a", "b", *argv])
+        elsewhere.main()
+    assert drawn == [(shade, *way) for way in elsewhere.WAYS for shade in (0.0, 0.1, 0.3)]
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last == ["| DDIM | 2 | 1.0 | -2.000, -1.800 | 100%, 80% |",
+                    "| DDIM, eta 0 | 3 | 3.0 | -3.000, -2.800 | 100%, 80% |"]  # fmt: skip
 
 
 @pytest.mark.parametrize("rank", [1, 4])

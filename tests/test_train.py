@@ -62,6 +62,7 @@ def test_a_run_leaves_its_files(tiniest_model, tmp_path, capsys):
     said = capsys.readouterr()
     weights = sum(weights.numel() for weights in lora.values())
     assert f"trains {weights:,} weights of {tiniest_model} on cpu in torch.float32" in said.out
+    assert "rewards are compared with the recent ones of their prompt" in said.out
     log = torch.load(run / "state.pt", weights_only=True)["log"]
     before, after = log[0]["eval_reward"], log[-1]["eval_reward"]
     assert f"noise: {before:.3f} before, {after:.3f} after" in said.out

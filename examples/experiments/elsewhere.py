@@ -28,9 +28,10 @@ import rewards
 
 SAMPLERS = ["DDIM", "DDIM, eta 0", "DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete",
             "PNDM", "UniPCMultistep", "HeunDiscrete"]  # fmt: skip
-WAYS = [(5, 3.0), (10, 3.0), (20, 3.0), (10, 1.0), (10, 7.5)]  # steps and guidance
-WAYS = [(sampler, *way) for sampler in SAMPLERS for way in WAYS]
-WAYS += [("DDIM", 50, 3.0), ("PNDM", 50, 3.0), ("PNDM", 50, 7.5)]  # and Stable Diffusion's own
+WAYS = [("DDIM", 7, 3.0), ("DDIM", 7, 1.0)]  # as in training; sampler, steps, guidance
+for how in ((5, 3.0), (10, 3.0), (20, 3.0), (10, 1.0), (10, 7.5)):
+    WAYS += [(sampler, *how) for sampler in SAMPLERS]
+WAYS += [("DDIM", 50, 3.0), ("PNDM", 50, 3.0), ("PNDM", 50, 7.5)]  # as Stable Diffusion's pipeline
 COLUMNS = ["run", "sampler", "steps", "guidance", "reward", "named"]
 
 
@@ -48,9 +49,11 @@ def judged(pipe, reward, sampler, steps, guidance):
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("elsewhere.py", description=__doc__, formatter_class=style)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that ddpo.py has left")
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--csv", type=Path, default=Path("elsewhere.csv"))
+    parser.add_argument("--steps", type=int, help="only drawn with so many")
     args = parser.parse_args()
+    ways = [way for way in WAYS if args.steps in (None, way[1])]
     name = json.loads((args.runs[0] / "config.json").read_text())["reward"]
     ((_, _, reward),) = rewards.load_rewards(name)
     done = list(csv.DictReader(args.csv.open())) if args.csv.is_file() else []
@@ -60,7 +63,7 @@ def main():
         pipe = generate.load(ddpo.EXAMPLES / "models" / "emoji-diffusion")
         if run != "before":
             pipe.load_lora_weights(run, weight_name=generate.LORA)
-        for way in WAYS:
+        for way in ways:
             row = tuple(map(str, (run, *way)))
             if row not in done:
                 done[row] = judged(pipe, reward, *way)
@@ -68,7 +71,7 @@ def main():
                     csv.writer(file).writerows([COLUMNS, *((*k, *v) for k, v in done.items())])
     print(f"| {name}: sampler | steps | guidance | reward before, after | named before, after |")
     print("|---|---|---|---|---|")
-    for way in WAYS:
+    for way in ways:
         before = np.array(done[tuple(map(str, ("before", *way)))], float)
         after = [done[tuple(map(str, (run, *way)))] for run in args.runs]
         after = np.array(after, float).mean(0)
