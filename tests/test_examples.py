@@ -2,6 +2,7 @@
 before and after, curves, files of flags; and that those which prove something look at what they
 should."""
 
+import io
 import json
 import re
 import runpy
@@ -14,7 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import LORA, draw, flags, make_policy, save_tiny_pixels
+from conftest import LORA, draw, flags, make_policy, read_metrics, save_tiny_pixels
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -253,8 +254,10 @@ def test_plot_shows_the_mean_and_range_of_seeds(plotted, tmp_path, capsys):
     band = axes[0].collections[0].get_paths()[0].vertices.tolist()
     assert {tuple(point) for point in band} == {(64, 1), (64, 3), (128, 2), (128, 6)}
     assert f"saved {tmp_path / 'curves.png'}" in capsys.readouterr().out
-    titles = [axis.get_ylabel() for axis in axes]
-    assert titles == ["reward", "KL to the pretrained model, nats"]  # no run has diversity
+    titles = [axis.get_title("left") for axis in axes]  # no run has diversity
+    assert titles == ["reward of an epoch's images", "KL to the pretrained model, nats"]
+    (legend,) = axes[0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(lines)
     _, lines = plotted(a, "--columns", "kl")
     assert lines == {"a": [[64, 0], [128, 5]]}
     e = write_run(tmp_path / "e", 1.0, objective="clipped", seed=0)  # as `a`: not several seeds
@@ -282,10 +285,17 @@ def test_a_gif_shows_the_evaluations_in_their_order(tmp_path, monkeypatch):
     white, red, green, blue = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
     assert seen == [(white, red, red, 600), (white, green, green, 600), (white, blue, blue, 2000)]
 
+    run_script("plot.py", monkeypatch, run, "--strip", 3, 1)  # two prompts, an epoch beside another
+    with Image.open(run / "strip.png") as strip:
+        assert strip.size == (3 * 144, 20 + 2 * 160)
+        for y in (23, 183):
+            assert [strip.getpixel((144 * x + 70, y)) for x in range(3)] == [red, green, blue]
+
 
 @pytest.mark.parametrize("argv, said", [
     ("run --gif", "run has no pictures of evaluations"),
-    ("run run --gif", "--gif takes one run"),
+    ("run run --gif", "--gif and --strip take one run"),
+    ("run --strip 1", "run has no such pictures of evaluations"),
     ("run gone", "gone has no metrics.csv: name the folder of a run"),
     ("run --columns kl beauty", "no run has numbers in a column beauty"),
     ("run --columns changed", "no run has numbers in a column changed"),
@@ -348,3 +358,22 @@ def test_overoptimisation_goes_on_without_the_limit(tmp_path, monkeypatch):
     assert vars(free) == {**vars(held), "kl_stop": 0.0}
     terms = rewards.load_rewards(held.reward, held.monitor)
     assert [label for label, _, _ in terms[1:]] == [overoptimisation.MONITOR, "diversity"]
+
+
+def test_tensorboard_reads_back_what_a_run_recorded(tiniest_model, tmp_path, monkeypatch):
+    """All columns, by epoch, on resuming too; and the pictures of the epochs with an evaluation."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    given = {"out": run, "epochs": 1, "eval_every": 9}
+    run_script("log_to_tensorboard.py", monkeypatch, *flags(tiniest_model, **given))
+    run_script("log_to_tensorboard.py", monkeypatch, "--resume", run, "--epochs", "3")
+    rows = read_metrics(run)
+    read = loader.EventAccumulator(str(run / "tensorboard")).Reload()
+    assert set(read.Tags()["scalars"]) == rows[0].keys() - {"epoch", "changed"}
+    for name in read.Tags()["scalars"]:
+        found = {event.step: event.value for event in read.Scalars(name)}
+        expected = {int(row["epoch"]): float(row[name]) for row in rows if row[name]}
+        assert found == pytest.approx(expected, rel=1e-5), name
+    assert [event.step for event in read.Images("samples")] == [0, 1, 3]
+    last = Image.open(io.BytesIO(read.Images("samples")[-1].encoded_image_string))
+    assert np.array_equal(last, Image.open(run / "samples/epoch_0003.png"))
