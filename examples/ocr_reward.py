@@ -1,8 +1,7 @@
-"""Does the picture show the word in quotation marks (a shop sign that says "bread")? 1: all of it.
-RapidOCR reads it on the CPU: `pip install rapidocr-onnxruntime` (Python below 3.13), then
-`--reward examples/ocr_reward.py:ocr`. A model that draws no letters gets 0 everywhere and learns
-nothing: begin with one that writes, or add a smooth reward. Faint letters earn all, and a picture
-full of words is as many tries."""
+"""Does the picture show the word in quotation marks? 1: all of it. RapidOCR reads it on the CPU:
+`pip install rapidocr-onnxruntime` (Python below 3.13), `--reward examples/ocr_reward.py:ocr`. A
+model that draws no letters gets 0 everywhere and learns nothing: begin with one that writes, or add
+a smooth reward. Faint letters earn all, and a picture full of words is as many tries."""
 
 import functools
 import re
