@@ -539,13 +539,6 @@ class Policy:
         pairs = zip(parts[1::2], parts[::2])
         return [torch.stack(pair, 1).to(self.device, self.unet.dtype) for pair in pairs]
 
-    def too_long(self, prompts):
-        """Those of the prompts of which the network reads the beginning alone."""
-        if not self.conditional:
-            return []
-        tokenizer = self.pipe.tokenizer
-        return [p for p in prompts if len(tokenizer(p).input_ids) > tokenizer.model_max_length]
-
     def encode(self, prompts):
         """Prompts -> cond (B,), their rows in the tables of embeddings."""
         for prompt in prompts:
@@ -925,6 +918,18 @@ def load_prompts(name):
     return prompts
 
 
+def check_prompts(policy, settings, prompts):
+    """Say what of the prompts the network will not read."""
+    if policy.conditional:
+        tokenizer = policy.pipe.tokenizer
+        cut = [p for p in prompts if len(tokenizer(p).input_ids) > tokenizer.model_max_length]
+        if cut:
+            print(f"{len(cut)} prompts are too long and lose their end, the first: {cut[0]!r}")
+        animals = load_prompts("animals")
+        if settings.model == Settings.model and not any(a in p for a in animals for p in prompts):
+            print("the bundled model knows the words of examples/prompts/animals.txt alone")
+
+
 def pick_device(name):
     """The torch.device of that name, or for "auto" the best one of this machine."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -1007,8 +1012,7 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
     if not policy.conditional and not settings.prompts:
         prompts = [""]  # those that are given are for the reward
         eval_prompts = eval_prompts if settings.eval_prompts else prompts
-    if cut := policy.too_long(list(dict.fromkeys(prompts + eval_prompts))):
-        print(f"{len(cut)} prompts are too long and lose their end, the first: {cut[0]!r}")
+    check_prompts(policy, settings, list(dict.fromkeys(prompts + eval_prompts)))
     with run_folder(settings, resume) as folder:
         run = run_class(settings, policy, folder)
         run.config = config

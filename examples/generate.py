@@ -82,6 +82,9 @@ def main():
             config["guidance_scale"] = args.guidance
         bundled = Path(__file__).parent / "models" / "emoji-diffusion"
         model = bundled if config["model"] == bundled.name else config["model"]
+        animals = (Path(__file__).parent / "prompts/animals.txt").read_text().split("\n")[1:-1]
+        if model == bundled and not any(a in p for a in animals for p in args.prompts):
+            print("the bundled model knows the words of examples/prompts/animals.txt alone")
         pipe = load(model, args.scheduler)
         if not hasattr(pipe, "tokenizer"):
             raise ValueError(f"{config['model']} draws without prompts")

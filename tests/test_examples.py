@@ -199,7 +199,9 @@ def test_kohyas_names_are_the_same_lora(rank, tiny_model, tmp_path):
     ("no model", "gone/model"),
     ("no prompts", "pixels draws without prompts"),
 ])  # fmt: skip
-def test_generate_says_in_a_line_what_it_cannot_draw(what, said, tmp_path, monkeypatch):
+def test_generate_says_in_a_line_what_it_cannot_draw(
+    what, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("peft")  # diffusers asks for it before it looks for the file
     models = {"no LoRA": ddpo.Settings.model, "no model": "gone/model", "no prompts": "pixels"}
@@ -207,7 +209,8 @@ def test_generate_says_in_a_line_what_it_cannot_draw(what, said, tmp_path, monke
     if what in models:
         write_config(tmp_path, models[what])
     with pytest.raises(SystemExit) as end:
-        run_script("generate.py", monkeypatch, tmp_path, "--prompts", "cat")
+        run_script("generate.py", monkeypatch, tmp_path, "--prompts", "moon")
+    assert ("the bundled model knows" in capsys.readouterr().out) == (what == "no LoRA")
     assert end.value.code.startswith("generate.py: error: ") and said in end.value.code
     assert "\n" not in end.value.code and not Path("generated.png").exists()
 

@@ -6,7 +6,7 @@ import json
 import zipfile
 
 import pytest
-from conftest import launch, save_tiny_pixels
+from conftest import launch, make_policy, save_tiny_pixels
 
 import ddpo
 
@@ -87,3 +87,15 @@ def test_all_that_fits_is_not_counted(tiniest_model, tmp_path, capsys):
     path.write_text(f"{LETTERS} k\n")
     launch(model, tmp_path / "other", epochs=1, prompts=path, guidance_scale=3.0)
     assert "too long" not in capsys.readouterr().out
+
+
+def test_words_that_the_bundled_model_cannot_know_are_told(tiniest_model, capsys):
+    """If all of them are such. Another model may know anything."""
+    policy, _ = make_policy(tiniest_model)
+    other = ddpo.Settings(model=str(tiniest_model), steps=2)
+    ddpo.check_prompts(policy, ddpo.Settings(), ["a red house", "a blue dog"])
+    ddpo.check_prompts(policy, other, ["a house"])
+    assert capsys.readouterr().out == ""
+    ddpo.check_prompts(policy, ddpo.Settings(), ["a house", "a moon"])
+    said = capsys.readouterr().out
+    assert said == "the bundled model knows the words of examples/prompts/animals.txt alone\n"
