@@ -20,7 +20,9 @@ import benchmark
 import diffusers
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,6 +59,24 @@ class Alive(TorchDispatchMode):
                     self.hold(size)
                     weakref.finalize(storage, self.hold, -size)
         return out
+
+
+class Autocast(TorchFunctionMode):
+    """What torch.autocast does on a GPU, which it does not on "meta": layers in half precision,
+    norms in float32, and the weights' casts kept to the end of a call of the network."""
+
+    def __init__(self, device, dtype, enabled):
+        super().__init__()
+        self.dtypes = {F.linear: dtype, F.conv2d: dtype, F.group_norm: torch.float32,
+                       F.layer_norm: torch.float32} if enabled else {}  # fmt: skip
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.dtypes:
+            of = {"dtype": self.dtypes[func]}
+            args = [a.to(**of) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+            self.kept += args[1:]
+        return func(*args, **kwargs or {})
 
 
 class Int8Linear(nn.Linear):
@@ -118,6 +138,7 @@ def count(arch, *flags):
     with (Alive() as alive,
           mock.patch.object(ddpo, "load_pipeline", partial(load, arch, "--int8" in flags)),
           mock.patch.object(F, "scaled_dot_product_attention", fused),
+          mock.patch.object(torch, "autocast", Autocast),
           mock.patch.object(torch.Tensor, "item", lambda self: 1.0)):  # fmt: skip
         policy = OnPaper(settings, Card("meta"))
         run = ddpo.Run(replace(settings, updates_per_epoch=1), policy)
@@ -137,6 +158,7 @@ def count(arch, *flags):
 def main(argv):
     warnings.filterwarnings("ignore")
     diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
     rows = [" ".join(argv)] if argv else ROWS
     if rows[0].split()[0] not in benchmark.FLAGS:
         sys.exit(f"memory.py: error: begin with one of {', '.join(benchmark.FLAGS)}")
