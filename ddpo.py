@@ -45,7 +45,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
@@ -437,8 +437,8 @@ class Policy:
         self.batch_size = min(settings.batch_size, minibatch)
         # Frozen, so half precision will do; elsewhere autocast casts it.
         half = device.type == "cuda" and settings.lora_rank
-        self.pipe = load_pipeline(settings.model, self.dtype if half else torch.float32)
-        self.unet = self.pipe.unet
+        self.pipe = self.load(settings, self.dtype if half else torch.float32)
+        self.unet = getattr(self.pipe, self.prefix.rstrip("."))
         self.conditional = hasattr(self.pipe, "vae")
         self.guidance_scale = settings.guidance_scale if self.conditional else 1.0
         if not self.conditional and settings.guidance_scale != Settings.guidance_scale:
@@ -461,6 +461,10 @@ class Policy:
         self.embeddings = {}  # of each prompt: with those of no prompt, (1, 2, ...)
         self.try_out()
 
+    def load(self, settings, dtype):
+        """The pipeline; what is trained of it is in dtype."""
+        return load_pipeline(settings.model, dtype)
+
     def prepare(self, settings):
         """Device, memory and attention. Text encoders stay on the host: they read a prompt once."""
         self.unet.to(self.device)
@@ -471,8 +475,9 @@ class Policy:
             if self.conditional:
                 vae.enable_slicing()  # image by image: gigabytes less, hardly slower
         for part in self.unet.modules():
-            if isinstance(part, Attention) and self.device.type == "cpu":
-                part.set_processor(AttnProcessor())  # the fused one learns slowly there
+            fused = isinstance(getattr(part, "processor", None), AttnProcessor2_0)
+            if fused and self.device.type == "cpu":  # it learns slowly there
+                part.set_processor(AttnProcessor())
         if settings.save_memory:
             self.unet.enable_gradient_checkpointing()
         if settings.save_memory and self.conditional:

@@ -5,7 +5,7 @@ guidance than it was trained with?
     python examples/experiments/elsewhere.py runs/seed-0 runs/seed-1 runs/seed-2
 
 Runs of one reward on the bundled model; each is drawn in plain diffusers, without and with its
-LoRA, every other animal once. The reward and the share of pictures that emoji-clip can name, means
+LoRA, every third animal once. The reward and the share of pictures that emoji-clip can name, means
 of the runs, go to --csv row by row: the same command goes on with what was stopped.
 """
 
@@ -37,7 +37,7 @@ COLUMNS = ["run", "sampler", "steps", "guidance", "reward", "named"]
 
 def judged(pipe, reward, sampler, steps, guidance):
     """The mean reward of the pictures drawn so, and the share named."""
-    prompts = ddpo.load_prompts("animals")[::2]
+    prompts = ddpo.load_prompts("animals")[::3]
     kind, _, eta_0 = sampler.partition(", ")
     generate.set_scheduler(pipe, kind + "Scheduler")
     how = {"steps": steps, "guidance_scale": guidance, "eta": 0.0 if eta_0 else 1.0}
