@@ -890,6 +890,8 @@ def run_folder(settings, resume=None):
             error.add_note(f"go on with: python {shlex.join([sys.argv[0], *again])}")
         elif not resume:
             shutil.rmtree(folder)
+            if not (settings.out or any(folder.parent.iterdir())):
+                folder.parent.rmdir()  # runs
         raise error
 
 

@@ -360,6 +360,19 @@ def test_a_reward_that_fails_shows_where(mine, tmp_path):
     assert not (tmp_path / "run").exists() and not hasattr(error.value, "__notes__")
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_failing_reward_leaves_no_folder_for_runs(other, mine, tmp_path, monkeypatch):
+    """But not if there is another run in it."""
+    path, argv = mine
+    monkeypatch.chdir(tmp_path)
+    if other:
+        (tmp_path / "runs/other").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        ddpo.main([*argv, "--out", "", "--reward", f"{path}:wrong"])
+    assert [p.name for p in tmp_path.glob("runs*/*")] == ["other"] * other
+    assert (tmp_path / "runs").exists() == other
+
+
 # ---------------------------------------------------- as a script
 
 
