@@ -118,18 +118,15 @@ class Settings:
         for name, choices in (("precision", DTYPES), ("objective", OBJECTIVES)):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} {getattr(self, name)}: there are {', '.join(choices)}")
-        if self.images_per_epoch % (self.updates_per_epoch * self.samples_per_prompt):
-            raise UserError("images_per_epoch must be a multiple of updates_per_epoch times"
-                            " samples_per_prompt")
+        whole = self.updates_per_epoch * self.samples_per_prompt
+        if self.images_per_epoch % whole:
+            raise UserError(f"images_per_epoch must be a multiple of {whole}: updates_per_epoch"
+                            " times samples_per_prompt")
         if self.objective == "reinforce" and self.updates_per_epoch > 1:
             raise UserError("objective reinforce needs fresh samples: add --updates-per-epoch 1")
-        own_rate = self.lr != Settings.lr
-        if not self.lora_rank and (self.kl_coef or self.kl_stop or not own_rate):
+        if not self.lora_rank and (self.kl_coef or self.kl_stop or self.lr == Settings.lr):
             raise UserError("lora_rank 0 has no pretrained model to measure a KL to, and a LoRA's"
                             " rate is too high for it: add --kl-coef 0 --kl-stop 0 --lr 0")
-        if self.model != Settings.model and self.steps == Settings.steps and not own_rate:
-            raise UserError(f"model {self.model}: the defaults are for the bundled one; begin with"
-                            " @examples/stable-diffusion.flags, or choose --steps and --lr")
 
 
 # ---------------------------------------------------- 1. one DDIM step and its log-probability
@@ -219,7 +216,8 @@ def score(terms, images, prompts):
     for label, weight, reward_fn in terms:
         reward = reward_fn(images.clone(), prompts)  # it may write into its images
         reward = reward[0] if isinstance(reward, tuple) else reward  # (rewards, more), as in TRL
-        reward = torch.as_tensor(reward).float().cpu()  # integers would truncate the advantages
+        with explained(f"reward {label} must return numbers"):
+            reward = torch.as_tensor(reward).float().cpu()  # integers would truncate advantages
         if reward.shape != total.shape:
             raise UserError(f"reward {label} returned shape {tuple(reward.shape)};"
                             f" it must be {tuple(total.shape)}, a number for each image")
@@ -389,6 +387,8 @@ def train(run, terms, prompts, eval_prompts, update=update):
     if not log:
         reward = run.evaluate(terms, eval_prompts, 0)
         run.finish({"epoch": 0, "queries": 0, "seconds": 0.0, "eval_reward": reward})
+    if len(log) > settings.epochs:
+        print(f"all of {settings.epochs} epochs are done; more by --epochs")
     while len(log) <= settings.epochs and not run.too_far(log[-1]):
         start = time.time()
         epoch = len(log)
@@ -867,7 +867,7 @@ def random_numbers(settings, epoch, device):
 
 
 @contextmanager
-def run_folder(settings, resume=None):
+def run_folder(settings, resume=None, reward=""):
     """The folder of the run to resume, or a new one: none that is there is ever used. What ends the
     run too early, a mistake, Ctrl-C or a reward's own code, says how to go on; before anything was
     saved it leaves no folder."""
@@ -887,7 +887,10 @@ def run_folder(settings, resume=None):
         if (folder / "state.pt").is_file():
             again = ["--resume", str(folder), "--reward", settings.reward]
             again += ["--monitor", settings.monitor] if settings.monitor else []
-            error.add_note(f"go on with: python {shlex.join([sys.argv[0], *again])}")
+            how = f"python {shlex.join([sys.argv[0], *again])}"
+            if callable(reward):
+                how = f"ddpo.launch(settings, {str(folder)!r}, reward), with this reward"
+            error.add_note(f"go on with: {how}")
         elif not resume:
             shutil.rmtree(folder)
             if not (settings.out or any(folder.parent.iterdir())):
@@ -973,7 +976,10 @@ def parse(argv=None, kind=Settings):
                             f" {shlex.quote(code[k])}")
         if place.is_dir() and not code:
             os.chdir(place)  # where the run's paths are found
-    with explained("settings"):
+    if flags.get("model", kind.model) != kind.model and not flags.keys() & {"steps", "lr"}:
+        raise UserError(f"model {flags['model']}: the defaults are for the bundled one; begin with"
+                        " @examples/stable-diffusion.flags, or choose --steps and --lr")
+    with explained(f"--resume {folder}: of another script" if folder else "settings"):
         return kind(**saved | flags), folder
 
 
@@ -1020,7 +1026,7 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
         prompts = [""]  # those that are given are for the reward
         eval_prompts = eval_prompts if settings.eval_prompts else prompts
     check_prompts(policy, settings, list(dict.fromkeys(prompts + eval_prompts)))
-    with run_folder(settings, resume) as folder:
+    with run_folder(settings, resume, reward) as folder:
         run = run_class(settings, policy, folder)
         run.config = config
         if resume:

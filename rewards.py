@@ -241,8 +241,10 @@ def find_reward(place, term):
         if Path(file).is_file():
             reward = load_function(place, file, function)
             return function, weight, lambda device: reward
-    raise UserError(f"{place}: unknown; write A, 0.1*A + B - C or A(FOLDER, FILE); there are "
-                    f"{', '.join([*REWARDS, *MODEL_REWARDS])}, path/to/file.py:function")
+        if file:
+            raise UserError(f"{place}: there is no file {file}")
+    raise UserError(f"{place}: unknown; write A, 0.1*A + B - C, A(FOLDER, FILE) or FILE.py:NAME;"
+                    f" there are {', '.join([*REWARDS, *MODEL_REWARDS])}")
 
 
 def load_rewards(reward, monitors="", device="cpu", taken=()):

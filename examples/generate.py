@@ -11,6 +11,7 @@ under the names that A1111, ComfyUI and InvokeAI read.
 """
 
 import argparse
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ def load(model, scheduler="DDIMScheduler"):
 
 
 def set_scheduler(pipe, name):
-    kinds = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
+    kinds = {kind.__name__: kind for kind in pipe.scheduler.compatibles
+             if "beta_start" in inspect.signature(kind).parameters}  # else of other noise levels
     if name not in kinds:
         raise ValueError(f"no scheduler {name} for it; there are {', '.join(sorted(kinds))}")
     pipe.scheduler = kinds[name].from_config({"clip_sample": False, **pipe.scheduler.config})
@@ -77,7 +79,10 @@ def main():
     logging.disable_progress_bar()
     try:
         config = json.loads((args.run / "config.json").read_text())
-        config["steps"] = args.steps or config["steps"]
+        if args.steps is not None:
+            config["steps"] = args.steps
+        if config["steps"] < 1:
+            raise ValueError("--steps must be at least 1")
         if args.guidance is not None:
             config["guidance_scale"] = args.guidance
         bundled = Path(__file__).parent / "models" / "emoji-diffusion"

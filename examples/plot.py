@@ -4,7 +4,7 @@
     python examples/plot.py runs/compressibility   # one curve
     python examples/plot.py runs/is-0 runs/is-1 runs/sf-0 runs/sf-1   # two, each of two seeds
     python examples/plot.py --gif runs/compressibility   # its pictures, moving; no matplotlib
-    python examples/plot.py --strip 2 runs/compressibility   # its second prompt, epoch by epoch
+    python examples/plot.py runs/compressibility --strip 2   # its second prompt, epoch by epoch
 
 Runs whose config.json differs only in the seed (and the folder) share a curve: their mean, and a
 band from the lowest to the highest. The code counts, too: another update, or an edited ddpo.py, is
@@ -126,7 +126,7 @@ def draw(curves, columns, out):
                 axis.fill_between(queries, low, high, color=f"C{n}", alpha=0.2)
                 axis.set_title(TITLES.get(column, column), loc="left", fontsize=10)
     axes[-1, 0].set_xlabel("reward queries")
-    labels = [textwrap.fill(label, 110) for label in lines]
+    labels = [textwrap.fill(label, 85) for label in lines]
     figure.legend(lines.values(), labels, loc="outside lower left", fontsize=9)
     figure.savefig(out, dpi=130)
 
@@ -140,8 +140,8 @@ def main():
     parser.add_argument("--out", help="default: plot.png, or run.gif or strip.png in the run")
     parser.error = lambda message: parser.exit(2, f"plot.py: error: {message}\n")
     args = parser.parse_args()
-    if (args.gif or args.strip) and len(args.runs) > 1:
-        parser.error("--gif and --strip take one run")
+    if (args.gif or args.strip) and len(args.runs) > 1 or args.gif and args.strip:
+        parser.error("--gif and --strip take one run, and one of them is enough")
     for run in args.runs:
         for name in ("metrics.csv", "config.json"):
             if not (run / name).is_file():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import failure, flags, must_not_sample, read_metrics
+from conftest import failure, flags, launch, must_not_sample, read_metrics
 from diffusers import UNet2DConditionModel
 from diffusers.models import modeling_utils
 from diffusers.pipelines import pipeline_utils
@@ -85,7 +85,7 @@ MISTAKES = [
     ("--images-per-epoch 8 --samples-per-prompt 3", "images_per_epoch must be a multiple of"),
     ("--reward beauty", "--reward beauty.*compressibility, incompressibility"),
     ("--monitor beauty", "--monitor beauty.*compressibility, incompressibility"),
-    ("--reward gone.py:bright", "--reward gone.py:bright: unknown; write"),
+    ("--reward gone.py:bright", "--reward gone.py:bright: there is no file gone.py"),
     ("--device tpu", "device tpu: not on this machine, which has (cpu|cuda|mps)"),
     ("--reward-device tpu", "device tpu: not on this machine, which has (cpu|cuda|mps)"),
     ("--steps 1001", "1001 cannot be larger than .* 1000"),
@@ -308,6 +308,23 @@ def test_stopped_before_anything_was_saved(
     assert not (tmp_path / "run").exists()
 
 
+def test_another_model_needs_settings_of_its_own(tmp_path, capsys):
+    """Which may be those of the bundled one: a model that was fused from it is such."""
+    line = failure(capsys, "--model", "x", "--epochs", 3)
+    assert "begin with @examples/stable-diffusion.flags, or choose --steps and --lr" in line
+    settings, _ = ddpo.parse(["--model", "x", "--steps", "7", "--lr", "0.003"])
+    assert (settings.steps, settings.lr) == (ddpo.Settings.steps, ddpo.Settings.lr)
+
+
+def test_a_run_of_another_script_is_not_gone_on_with(tiniest_model, tmp_path, capsys):
+    out = tmp_path / "run"
+    launch(tiniest_model, out, epochs=1)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "method": "nft"}))
+    line = failure(capsys, "--resume", out)
+    assert f"--resume {out.resolve()}: of another script (" in line and "'method'" in line
+
+
 # ---------------------------------------------------- rewards, and numbers that are none
 
 
@@ -324,6 +341,9 @@ def wrong(images, prompts):
 
 def changed(images, prompts):
     return images.mean((1, 2, 3))
+
+def nothing(images, prompts):
+    images.mean((1, 2, 3))
 """
 
 
@@ -342,6 +362,7 @@ def mine(tiniest_model, tmp_path):
     ("MINE:one_number", r"reward one_number returned shape \(\); it must be \(3,\), "),
     ("1e39*compressibility", r"1e\+39 \* reward compressibility is not finite for 'cat'$"),
     ("MINE:nope", ".*mine.py has no function nope$"),
+    ("MINE:nothing", r"reward nothing must return numbers \(.*NoneType\)$"),
     ("MINE:changed", "--reward changed: .*column of metrics.csv"),  # one would be written over
 ])  # fmt: skip
 def test_a_reward_of_no_use(reward, message, mine, tmp_path, capsys):

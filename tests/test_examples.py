@@ -135,6 +135,10 @@ def test_generate_draws_with_another_sampler(tiniest_model, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as end:
         run_script("generate.py", monkeypatch, tmp_path, "--scheduler=Euler")
     assert "no scheduler Euler for it; there are DDIMScheduler, DDPM" in end.value.code
+    assert "EDM" not in end.value.code  # of which pictures stay noise
+    with pytest.raises(SystemExit) as end:
+        run_script("generate.py", monkeypatch, tmp_path, "--steps=0")
+    assert "--steps must be at least 1" in end.value.code
 
 
 def test_elsewhere_goes_on_and_means_the_runs(tiniest_model, tmp_path, monkeypatch, capsys):
@@ -297,7 +301,7 @@ def test_a_gif_shows_the_evaluations_in_their_order(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, said", [
     ("run --gif", "run has no pictures of evaluations"),
-    ("run run --gif", "--gif and --strip take one run"),
+    ("run run --gif", "--gif and --strip take one run, and one of them is enough"),
     ("run --strip 1", "run has no such pictures of evaluations"),
     ("run gone", "gone has no metrics.csv: name the folder of a run"),
     ("run --columns kl beauty", "no run has numbers in a column beauty"),

@@ -230,13 +230,17 @@ def test_a_reward_from_python_is_given_again(start, tmp_path, capsys):
         patch.setattr(ddpo.Run, "step", raises_at(3, KeyboardInterrupt, ddpo.Run.step))
         with pytest.raises(KeyboardInterrupt) as error:
             ddpo.launch(settings, reward=brightness)
-    assert str(run) in how_to_go_on(error.value.__notes__[0])
+    (note,) = error.value.__notes__
+    assert note == f"go on with: ddpo.launch(settings, {str(run)!r}, reward), with this reward"
     before = files(run)
     assert "--reward brightness: unknown" in failure(capsys, "--resume", run)
     with pytest.raises(ddpo.UserError, match="its reward is 'brightness'; begin a new run for 'la"):
         resume(run, reward=lambda images, prompts: images.mean((1, 2, 3)))
     assert files(run) == before
-    assert resume(run, reward=brightness) == run
+    assert ddpo.launch(settings, str(run), brightness) == run
+    assert "epochs are done" not in capsys.readouterr().out
+    ddpo.launch(settings, run, brightness)
+    assert "all of 2 epochs are done; more by --epochs\n" in capsys.readouterr().out
     ddpo.launch(replace(settings, out=str(whole)), reward=brightness)
     assert differences(run, whole) == [] and changed(run) == {}
 
