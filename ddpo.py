@@ -947,12 +947,16 @@ def pick_device(name):
         return torch.empty(0, device=best if name == "auto" else name).device
 
 
-def parse(argv=None, kind=Settings):
+ABOUT = "Fine-tune a diffusion model on a reward. The defaults are for the bundled model."
+
+
+def parse(argv=None, kind=Settings, name="ddpo.py", about=ABOUT):
     """The command line, in which every setting is a flag and @FILE the flags that a file holds:
     settings, and the run to resume, whose own settings count where none is given."""
-    about = "Fine-tune a diffusion model on a reward. The defaults are for the bundled model."
-    parser = argparse.ArgumentParser("ddpo.py", description=about, allow_abbrev=False,
-                                     fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, description=about, formatter_class=style,
+                                     allow_abbrev=False, fromfile_prefix_chars="@",
+                                     argument_default=argparse.SUPPRESS)
     types = get_type_hints(kind)
     for f in fields(kind):
         how = {"type": types[f.name]}
@@ -961,7 +965,7 @@ def parse(argv=None, kind=Settings):
         text = f"{f.metadata.get('help', '')} (default: {f.default!r})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.error = lambda message: parser.exit(2, f"ddpo.py: error: {message}; see --help\n")
+    parser.error = lambda message: parser.exit(2, f"{name}: error: {message}; see --help\n")
     flags = vars(parser.parse_args(argv))
     folder = flags.pop("resume", None)
     saved = {}
@@ -1049,16 +1053,16 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
     return folder
 
 
-def main(argv=None, launch=launch, kind=Settings):
+def main(argv=None, launch=launch, kind=Settings, name="ddpo.py", about=ABOUT):
     """Run from the command line; a mistake ends in one line and a non-zero status."""
     try:
-        launch(*parse(argv, kind))
+        launch(*parse(argv, kind, name, about))
     except (UserError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         why = str(error).partition("\n")[0] or "stopped"
         if isinstance(error, torch.OutOfMemoryError):
             why += "; lower --batch-size, or add --save-memory"
         line = "; ".join([why, *getattr(error, "__notes__", [])])
-        print("ddpo.py: error:", line, file=sys.stderr)
+        print(f"{name}: error: {line}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 

@@ -140,4 +140,4 @@ def policy_of(settings, device):
 
 if __name__ == "__main__":
     launch = partial(ddpo.launch, run_class=FlowRun, policy_class=policy_of)
-    ddpo.main(launch=launch, kind=FlowSettings)
+    ddpo.main(launch=launch, kind=FlowSettings, name="flow.py", about=__doc__)

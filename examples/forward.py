@@ -148,4 +148,4 @@ def forward_update(run, samples, generator):
 
 if __name__ == "__main__":
     launch = functools.partial(ddpo.launch, update=forward_update)
-    ddpo.main(launch=launch, kind=ForwardSettings)
+    ddpo.main(launch=launch, kind=ForwardSettings, name="forward.py", about=__doc__)

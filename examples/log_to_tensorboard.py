@@ -1,6 +1,7 @@
 """A run that TensorBoard shows while it goes on: the columns of metrics.csv, and the pictures.
 `pip install tensorboard`, this with the flags of ddpo.py, then `tensorboard --logdir runs`."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -25,4 +26,5 @@ class LoggedRun(ddpo.Run):
 
 
 if __name__ == "__main__":
-    ddpo.main(launch=lambda *args: ddpo.launch(*args, run_class=LoggedRun))
+    launch = functools.partial(ddpo.launch, run_class=LoggedRun)
+    ddpo.main(launch=launch, name="log_to_tensorboard.py", about=__doc__)

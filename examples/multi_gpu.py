@@ -105,4 +105,4 @@ def launch(settings, resume):  # all but process 0 have a folder of their own, o
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    ddpo.main(launch=launch)
+    ddpo.main(launch=launch, name="multi_gpu.py", about=__doc__)

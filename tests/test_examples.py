@@ -384,3 +384,19 @@ def test_tensorboard_reads_back_what_a_run_recorded(tiniest_model, tmp_path, mon
     assert [event.step for event in read.Images("samples")] == [0, 1, 3]
     last = Image.open(io.BytesIO(read.Images("samples")[-1].encoded_image_string))
     assert np.array_equal(last, Image.open(run / "samples/epoch_0003.png"))
+
+
+SCRIPTS = "forward.py multi_gpu.py flow.py log_to_tensorboard.py experiments/variance.py".split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_under_the_scripts_own_name(script, monkeypatch, capsys):
+    """And begins with what the script is for."""
+    if "tensorboard" in script:
+        pytest.importorskip("tensorboard")
+    with pytest.raises(SystemExit) as end:
+        run_script(script, monkeypatch, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    about = " ".join((EXAMPLES / script).read_text().split('"""')[1].split())
+    assert end.value.code == 0 and said.startswith(f"usage: {Path(script).name} ")
+    assert about in said and "--images-per-epoch" in said

@@ -412,7 +412,7 @@ def test_several_gpus_take_it_by_the_edits_that_are_named(sd3, tmp_path, monkeyp
         ("import ddpo\n", "import ddpo\nimport flow\n"),
         ("SharedRun(ddpo.Run)", "SharedRun(flow.FlowRun)"),
         ("update, SharedRun)", "update, SharedRun, flow.policy_of)"),
-        ("main(launch=launch)", "main(launch=launch, kind=flow.FlowSettings)"),
+        ("main(launch=launch, ", "main(launch=launch, kind=flow.FlowSettings, "),
     ):
         assert source.count(old) == 1
         source = source.replace(old, new)
@@ -468,4 +468,4 @@ def test_a_mistake_is_one_line(argv, message, sd3, tmp_path, monkeypatch, capsys
         command(monkeypatch, *argv_of(model, tmp_path / "run"), *argv.split())
     lines = [line for line in capsys.readouterr().err.splitlines() if "[transformers]" not in line]
     assert end.value.code in (1, 2) and len(lines) == 1 and message in lines[0]
-    assert lines[0].startswith("ddpo.py: error: ") and not (tmp_path / "run").exists()
+    assert lines[0].startswith("flow.py: error: ") and not (tmp_path / "run").exists()

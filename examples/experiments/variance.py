@@ -81,4 +81,4 @@ def launch(settings, resume):
 
 
 if __name__ == "__main__":
-    ddpo.main(launch=launch)
+    ddpo.main(launch=launch, name="variance.py", about=__doc__)
