@@ -271,7 +271,7 @@ def test_a_race_goes_on_where_it_was_stopped_and_repeats_nothing(tiny_race, monk
     mean = [sum(float(row["reward_mean"]) for row in run[1:]) / 3 for run in rows]
     head = " | compressibility ".join(["| ", "-9", "0", "best |"])
     table = [head, "| --- | --- | --- | --- |",
-             f"| DDPO-IS | 0.2 k (24; 100%) | 0 of 1 | {mean[0]:.2f} |",
+             f"| DDPO-IS, groups of 4 | 0.2 k (24; 100%) | 0 of 1 | {mean[0]:.2f} |",
              f"| NFT noise_levels=2 | 0.2 k (24; 100%) | 0 of 1 | {mean[1]:.2f} |"]  # fmt: skip
     text = Path("runs/race.md").read_text()
     assert text.splitlines() == table and text in said

@@ -69,6 +69,8 @@ METHODS = {  # beside the bundled model's own settings, which are groups of 4
     "NFT": {"method": "nft", "beta": 0.1, **FORWARD},
     "PEPG": {"method": "pepg", **FORWARD},
 }
+LABELS = {"DDPO-IS": "DDPO-IS, groups of 4", "DDPO-SF": "DDPO-SF, groups of 4",
+          "DDPO-IS-paper": "DDPO-IS as in the paper"}  # fmt: skip
 TUNED = {  # what suits a method on one reward, by runs of seed 0 at two to four rates
     ("DDPO-IS", "compressibility"): {"lr": 0.002},
     ("DDPO-IS", "incompressibility"): {"lr": 0.006},
@@ -319,7 +321,7 @@ def tabulate(runs, shown):
     table = [["", *(f"{reward} {target}" for reward, target in targets)]]
     table.append(["---"] * len(table[0]))
     for variant, by_reward in runs.items():
-        row = [variant]
+        row = [LABELS.get(variant, variant)]
         for reward, target in targets:
             seeds = by_reward.get(reward, [])
             row.append(best(seeds) if target == "best" else cell(seeds, target))
@@ -334,7 +336,7 @@ def draw(runs, shown, path):
     figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False)
     for axis, reward in zip(axes[0], shown):
         for n, (variant, by_reward) in enumerate(runs.items()):
-            label = variant
+            label = LABELS.get(variant, variant)
             for rows in by_reward.get(reward, []):
                 least = SPOILT if reward == "clipscore" else NAMED
                 points = [(row["calls"] / 1000, mean) for mean, share, row in windows(rows)
