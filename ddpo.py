@@ -395,9 +395,9 @@ def train(run, terms, prompts, eval_prompts, update=update):
         noise, choice = random_numbers(settings, epoch, policy.device)
         group = settings.samples_per_prompt
         count = settings.images_per_epoch // group
-        deck = torch.randperm(len(prompts), generator=choice)  # none twice before all had a turn
-        chosen = deck.repeat(-(-count // len(deck)))[:count]
-        drawn = [prompts[i] for i in chosen.repeat_interleave(group)]
+        deck = [prompts[i] for i in torch.randperm(len(prompts), generator=choice)]
+        dealt = (deck * count)[:count]  # none twice before all had a turn
+        drawn = [prompt for prompt in dealt for _ in range(group)]
         samples = sample(policy, terms, drawn, noise, group)
         samples.adv = run.advantages(drawn, samples.scores[:, 0]).to(policy.device)
 
@@ -1037,9 +1037,8 @@ def launch(settings, resume=None, reward=None, update=update, run_class=Run, pol
             with explained(f"{folder / 'state.pt'} is damaged or of another kind of run"):
                 run.load(torch.load(folder / "state.pt", "cpu", weights_only=True))  # no code
         size = sum(weight.numel() for weight in policy.weights)
-        among = "with the recent ones of their prompt"
-        if settings.samples_per_prompt > 1:
-            among = f"in groups of {settings.samples_per_prompt}"
+        group = settings.samples_per_prompt
+        among = f"in groups of {group}" if group > 1 else "with the recent ones of their prompt"
         print(f"trains {size:,} weights of {settings.model} on {device} in {policy.dtype};"
               f" an epoch is {settings.images_per_epoch} images of {settings.steps} steps,"
               f" {len(policy.trained_steps)} of them learned from; rewards are compared {among};"

@@ -12,7 +12,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import LORA, flags, launch, make_policy, make_settings, save_tiny_pipeline
+from conftest import (
+    LORA,
+    flags,
+    launch,
+    make_policy,
+    make_settings,
+    remember,
+    save_tiny_pipeline,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -253,3 +261,18 @@ def test_it_learns(objective, sign, lr, updates, tmp_path):
     assert float(first["ratio_error"]) <= 1e-6
     gain = float(last["reward_mean"]) - float(first["reward_mean"])
     assert gain > 1.5 * float(first["reward_std"])
+
+
+def test_no_prompt_is_drawn_twice_before_all_had_a_turn(tiniest_model, tmp_path):
+    """In an epoch; the next one deals anew."""
+    prompts = list("abcde")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    given = {"images_per_epoch": 14, "samples_per_prompt": 2, "updates_per_epoch": 1, "epochs": 3}
+    seen = []
+    run = tmp_path / "run"
+    launch(tiniest_model, run, None, remember(seen), prompts=tmp_path / "prompts.txt", **given)
+    dealt = [samples.prompts[::2] for _, samples in seen]
+    for (_, samples), deck in zip(seen, dealt):
+        assert samples.prompts[1::2] == deck and sorted(deck[:5]) == prompts
+        assert deck[5:] == deck[:2]
+    assert len({tuple(deck) for deck in dealt}) > 1
