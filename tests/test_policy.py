@@ -342,6 +342,20 @@ def test_a_group_begins_with_one_call_of_the_network(tiniest_model, monkeypatch)
     assert sample().alike == 1 and calls == [6] * 4 + [2] * 4
 
 
+@pytest.mark.parametrize("updates, size", [(1, 5), (2, 3), (6, 1)])
+def test_no_more_are_sampled_in_a_call_than_are_learned_from(updates, size, tiniest_model):
+    """Half precision rounds by the size of a call; a minibatch may be smaller than --batch-size."""
+    policy, settings = make_policy(tiniest_model, updates_per_epoch=updates)
+    calls = []
+    predict = policy.predict
+    policy.predict = lambda x_t, t, cond: calls.append(len(x_t)) or predict(x_t, t, cond)
+    samples = sampled(policy, ADV)
+    sizes = set(calls)
+    calls.clear()
+    ddpo.update(ddpo.Run(settings, policy), samples, torch.Generator())
+    assert sizes == set(calls) == {size, 6 % size or size}
+
+
 def test_whole_groups_are_dealt_into_minibatches(tiniest_model):
     given = {"images_per_epoch": 12, "samples_per_prompt": 2, "updates_per_epoch": 3}
     policy, settings = make_policy(tiniest_model, batch_size=2, **given)
