@@ -19,7 +19,7 @@ is the Gaussian that one step draws it from, and a reward r(x_0, c) comes at the
 Rooms 1 to 5 are the method, in the paper's order; rooms 6 to 8 are what it stands on.
 Names: x_t and x_prev (x_{t-1}); cond (c, as a row in the table of encoded prompts); output (of the
 network, with guidance); mean, std, logp (of the policy), logp_old (of the policy that sampled).
-Shapes: B or N images, T denoising steps, P (image, step) pairs, K rewards, latents of C x H x W.
+Shapes: B or N images, T denoising steps, K rewards, latents of C x H x W.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -84,7 +84,7 @@ class Settings:
     steps: int = flag(7, "denoising steps of an image (the paper: 50)", 1)
     guidance_scale: float = flag(3.0, "classifier-free guidance; none at 1 or below")
     samples_per_prompt: int = flag(4, "above 1: groups from one noise are compared", 1)
-    batch_size: int = flag(32, "images, or pairs to learn from, in a call of the network", 1)
+    batch_size: int = flag(32, "images in a call of the network; at most a minibatch", 1)
     reward_device: str = flag("", "where the rewards' networks run; empty: --device")
     # learning
     objective: str = flag("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)")
@@ -229,18 +229,18 @@ def score(terms, images, prompts):
     return torch.stack([total, *columns], 1)
 
 
-def sample(policy, terms, prompts, generator, group=1):
+def sample(policy, terms, prompts, generator, group=1, batch_size=None):
     """Roll out and score N prompts. Each `group` of them starts from the same noise: what differs
     then is due to the policy's steps, and the first one is one call, if no batch parts a group."""
-    alike = 1 if policy.batch_size % group else group
+    batch_size = batch_size or policy.batch_size
+    alike = 1 if batch_size % group else group
     shape = (len(prompts) // group, *policy.latent_shape)
     x_T = torch.randn(shape, generator=generator, device=policy.device)
     x_T = x_T.repeat_interleave(group, 0)
     parts = []
-    starts = range(0, len(prompts), policy.batch_size)
-    for i in tqdm(starts, "sample", leave=False, disable=None):
-        batch = prompts[i : i + policy.batch_size]
-        x, logp = rollout(policy, batch, x_T[i : i + policy.batch_size], generator, alike)
+    for i in tqdm(range(0, len(prompts), batch_size), "sample", leave=False, disable=None):
+        batch = prompts[i : i + batch_size]
+        x, logp = rollout(policy, batch, x_T[i : i + batch_size], generator, alike)
         images = policy.decode(x[:, -1])
         if not (x.isfinite().all() and images.isfinite().all()):
             raise UserError("samples are not finite: damaged weights, or try --precision fp32")
@@ -278,7 +278,7 @@ def group_advantages(rewards, group):
 
 # ---------------------------------------------------- 4. objectives and KL
 def clipped_loss(logp, logp_old, adv, clip_range):
-    """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (P,). So samples
+    """DDPO-IS (section 4.3): importance sampling with PPO's clip, for each pair, (B,). So samples
     serve several updates: beyond the clip range a pair that is favoured already stops pulling.
     As logp is a mean over D dimensions, this ratio is the D-th root of the paper's."""
     ratio = torch.exp(logp - logp_old)
@@ -286,18 +286,18 @@ def clipped_loss(logp, logp_old, adv, clip_range):
 
 
 def reinforce_loss(logp, logp_old, adv, clip_range):
-    """DDPO-SF (section 4.3): the score function estimator, (P,), for samples of this policy."""
+    """DDPO-SF (section 4.3): the score function estimator, (B,), for samples of this policy."""
     return -adv * logp
 
 
 OBJECTIVES = {"clipped": clipped_loss, "reinforce": reinforce_loss}  # --objective
 
 
-def kl_to_pretrained(policy, output, x_t, t, cond):
-    """KL(p_theta || p_pretrained) of denoising steps in nats, (P,): of Gaussians with one std it is
+def kl_to_pretrained(policy, output, x_t, t, cond, alike=1):
+    """KL(p_theta || p_pretrained) of denoising steps in nats, (B,): of Gaussians with one std it is
     ||mean - mean_pretrained||^2 / (2 std^2). A trajectory's sum bounds the KL of the images."""
     with torch.no_grad(), without_lora():
-        pretrained = policy.predict(x_t, t, cond)
+        pretrained = predict_once(policy, x_t, t, cond, alike)
     mean, std = policy.mean_std(output, t, x_t)
     mean_pretrained, _ = policy.mean_std(pretrained, t, x_t)
     return ((mean - mean_pretrained) ** 2).sum((1, 2, 3)) / (2 * std.flatten() ** 2)
@@ -310,11 +310,11 @@ def nats(row):
 
 @torch.no_grad()
 def measure_kl(policy, samples):
-    """The same of the policy that sampled, over the steps learned from, and its standard error:
-    the mean of log p - log p_pretrained of what was drawn, by every fourth image, as each costs a
-    call of the network a step. Steps of hardly any noise would be most of the sum over all steps,
-    and do not show."""
-    stride = min(4, len(samples.x) // 2)
+    """KL(p_theta || p_pretrained) of the policy that sampled, over the steps learned from, and its
+    standard error: the mean of log p - log p_pretrained of what was drawn, by every fourth image,
+    or one of each group, as each costs a call of the network a step. Steps of hardly any noise
+    would be most of the sum over all steps, and do not show."""
+    stride = min(max(4, samples.alike), len(samples.x) // 2)
     images = torch.arange(0, len(samples.x), stride, device=policy.device)
     kl = torch.zeros(len(images), device=policy.device)
     for step in policy.trained_steps:
@@ -345,7 +345,7 @@ def step_loss(policy, settings, samples, images, step):
     if settings.kl_coef:  # logp is a mean over the dimensions, so the KL is one too
         x_t = samples.x[images, step]
         t = policy.scheduler.timesteps[step].expand(len(images))
-        kl = kl_to_pretrained(policy, output, x_t, t, samples.cond[images])
+        kl = kl_to_pretrained(policy, output, x_t, t, samples.cond[images], alike)
         loss = loss + settings.kl_coef * kl / x_t[0].numel()
     return loss, logp.detach() - logp_old
 
@@ -395,9 +395,9 @@ def train(run, terms, prompts, eval_prompts, update=update):
         noise, choice = random_numbers(settings, epoch, policy.device)
         group = settings.samples_per_prompt
         count = settings.images_per_epoch // group
-        deck = [prompts[i] for i in torch.randperm(len(prompts), generator=choice)]
-        dealt = (deck * count)[:count]  # none twice before all had a turn
-        drawn = [prompt for prompt in dealt for _ in range(group)]
+        deals = range(0, count, len(prompts))  # none comes twice before all had a turn
+        order = torch.cat([torch.randperm(len(prompts), generator=choice) for _ in deals])
+        drawn = [prompts[i] for i in order[:count].repeat_interleave(group)]
         samples = sample(policy, terms, drawn, noise, group)
         samples.adv = run.advantages(drawn, samples.scores[:, 0]).to(policy.device)
 
@@ -432,7 +432,7 @@ class Policy:
         auto = torch.float16 if device.type == "cuda" else torch.float32
         self.dtype = DTYPES[settings.precision] or auto
         # As many to learn from as are sampled at a time, and no more than there are in a minibatch:
-        # half precision rounds both alike, and the ratio is 1.
+        # if it divides them, half precision rounds both alike, and the ratio is 1.
         minibatch = settings.images_per_epoch // settings.updates_per_epoch
         self.batch_size = min(settings.batch_size, minibatch)
         # Frozen, so half precision will do; elsewhere autocast casts it.
@@ -759,7 +759,7 @@ class Run:
         prompts = [prompts[i % len(prompts)] for i in range(self.settings.eval_images)]
         terms = [term for term in terms if term[1]]  # monitors, of weight 0, are for the epochs
         noise, _ = random_numbers(self.settings, 0, self.policy.device)
-        samples = sample(self.policy, terms, prompts, noise)
+        samples = sample(self.policy, terms, prompts, noise, batch_size=self.settings.batch_size)
         reward = samples.scores[:, 0]
         captions = [f"{prompt[:16]}  {r:.2f}" for prompt, r in zip(prompts, reward.tolist())]
         path = self.folder / "samples" / f"epoch_{epoch:04d}.png"
@@ -893,8 +893,9 @@ def run_folder(settings, resume=None, reward=""):
             error.add_note(f"go on with: {how}")
         elif not resume:
             shutil.rmtree(folder)
-            if not (settings.out or any(folder.parent.iterdir())):
-                folder.parent.rmdir()  # runs
+            if not settings.out:
+                with suppress(OSError):  # there are other runs
+                    folder.parent.rmdir()
         raise error
 
 
@@ -980,11 +981,12 @@ def parse(argv=None, kind=Settings, name="ddpo.py", about=ABOUT):
                             f" {shlex.quote(code[k])}")
         if place.is_dir() and not code:
             os.chdir(place)  # where the run's paths are found
-    if flags.get("model", kind.model) != kind.model and not flags.keys() & {"steps", "lr"}:
-        raise UserError(f"model {flags['model']}: the defaults are for the bundled one; begin with"
+    given = saved | flags
+    if given.get("model", kind.model) != kind.model and not {"steps", "lr"} & given.keys():
+        raise UserError(f"model {given['model']}: the defaults are for the bundled one; begin with"
                         " @examples/stable-diffusion.flags, or choose --steps and --lr")
     with explained(f"--resume {folder}: of another script" if folder else "settings"):
-        return kind(**saved | flags), folder
+        return kind(**given), folder
 
 
 def run_config(settings, **code):
@@ -1002,7 +1004,7 @@ def changes(old, new):
 def check_resume(config, folder):
     """A run that is resumed stays what it is."""
     saved = json.loads(Path(folder, "config.json").read_text())
-    for k, (old, new) in changes(saved, config).items():
+    for k, (old, new) in changes(dict.fromkeys(config) | saved, config).items():
         if k not in (*MAY_CHANGE, "out"):
             raise UserError(f"--resume {folder}: its {k} is {old!r}; begin a new run for {new!r}")
 

@@ -121,6 +121,8 @@ class StableDiffusion3(FlowPolicy):
 
 
 class FlowRun(ddpo.Run):
+    eval_ode = 0.0  # where another process evaluates
+
     def evaluate(self, terms, prompts, epoch):
         noise, self.policy.noise = self.policy.noise, 0.0
         self.eval_ode = super().evaluate(terms, prompts, epoch)

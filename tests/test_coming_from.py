@@ -9,6 +9,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 
 import ddpo
 import rewards
@@ -130,7 +131,7 @@ def test_a_lora_file_of_ddpo_pytorch_loads(tmp_path, monkeypatch):
     pipe = ddpo.load_pipeline(ddpo.Settings.model)
     layers, expected = {}, {}
     for name, layer in pipe.unet.named_modules():
-        if isinstance(layer, ddpo.Attention):
+        if isinstance(layer, Attention):
             projections = {"to_q": layer.to_q, "to_k": layer.to_k, "to_v": layer.to_v,
                            "to_out": layer.to_out[0]}
             for part, linear in projections.items():

@@ -2,6 +2,7 @@
 estimated without bias, with its error; that the penalty is its gradient; that the limit ends a
 run."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -111,6 +112,10 @@ def test_the_estimate_is_unbiased_and_counts_the_trained_steps(pretrained, tmp_p
         assert abs(estimate - exact.mean()) < 4 * error < exact.mean()
         assert error.item() == pytest.approx(expected_error, rel=0.4)
         estimates.append(estimate.item())
+    with mock.patch.object(ddpo, "step_logp", side_effect=ddpo.step_logp) as step_logp:
+        ddpo.measure_kl(policy, replace(samples, alike=10))  # one of each, of larger groups too
+    asked = [call.args[2].tolist() for call in step_logp.call_args_list]
+    assert asked == [list(range(0, 80, 10))] * 2
     mean = sum(estimates) / 4  # with the error of a single sample of all 80
     assert abs(mean - exact.mean()) < 4 * expected_error / 2
 
