@@ -389,7 +389,7 @@ def test_a_run_in_groups_with_a_monitor_is_resumed_bit_for_bit(sd3, tmp_path, mo
     rows = [read_metrics(tmp_path / name) for name in ("run", "whole")]
     for row in sum(rows, []):
         del row["seconds"], row["changed"]
-    assert rows[0] == rows[1] and float(rows[0][2]["kl"]) > 0
+    assert rows[0] == rows[1] and float(rows[0][2]["kl"]) != 0
     assert all(row["eval_ode"] for row in rows[0])
     reward, monitored = (float(rows[0][1][name]) for name in ("reward_mean", "incompressibility"))
     assert reward == pytest.approx(-monitored)
