@@ -8,7 +8,7 @@ import inspect
 import io
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub as hub
@@ -264,4 +264,8 @@ def load_rewards(reward, monitors="", device="cpu", taken=()):
         if label in found or label in taken:
             raise UserError(f"{flag} {label}: another term or a column of metrics.csv is called so")
         found[label] = (weight if flag == "--reward" else 0.0, load)
-    return [(label, weight, load(device)) for label, (weight, load) in found.items()]
+    loaded = [(label, weight, load(device)) for label, (weight, load) in found.items()]
+    for label, _, function in loaded:
+        with explained(f"reward {label} must take images and prompts"), suppress(ValueError):
+            inspect.signature(function).bind("images", "prompts")  # if it says what it takes
+    return loaded

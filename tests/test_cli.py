@@ -344,6 +344,13 @@ def changed(images, prompts):
 
 def nothing(images, prompts):
     images.mean((1, 2, 3))
+
+def images_alone(images):
+    return images.mean((1, 2, 3))
+
+class Class:
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
 """
 
 
@@ -362,6 +369,8 @@ def mine(tiniest_model, tmp_path):
     ("MINE:one_number", r"reward one_number returned shape \(\); it must be \(3,\), "),
     ("1e39*compressibility", r"1e\+39 \* reward compressibility is not finite for 'cat'$"),
     ("MINE:nope", ".*mine.py has no function nope$"),
+    ("MINE:images_alone", r"reward images_alone must take images and prompts \(too many .*\)$"),
+    ("MINE:Class", r"reward Class must take images and prompts \(too many .*\)$"),
     ("MINE:nothing", r"reward nothing must return numbers \(.*NoneType\)$"),
     ("MINE:changed", "--reward changed: .*column of metrics.csv"),  # one would be written over
 ])  # fmt: skip

@@ -5,6 +5,7 @@ checkpoints, give an image the same score alone and in any batch. And that a mix
 or refused in one line that says where and why."""
 
 import functools
+import operator
 import re
 import shutil
 import traceback
@@ -549,6 +550,7 @@ class Darkness:
         (Darkness(), "Darkness"),
         (functools.partial(Darkness(), power=2), "Darkness"),
         (rewards.incompressibility, "incompressibility"),
+        (operator.attrgetter("real"), "attrgetter"),  # it does not say what it takes
     ],
 )
 def test_a_python_function_is_a_reward(function, label):
