@@ -84,7 +84,7 @@ class Settings:
     steps: int = flag(7, "denoising steps of an image (the paper: 50)", 1)
     guidance_scale: float = flag(3.0, "classifier-free guidance; none at 1 or below")
     samples_per_prompt: int = flag(4, "above 1: groups from one noise are compared", 1)
-    batch_size: int = flag(32, "images in a call of the network; at most a minibatch", 1)
+    batch_size: int = flag(16, "images in a call of the network; at most a minibatch", 1)
     reward_device: str = flag("", "where the rewards' networks run; empty: --device")
     # learning
     objective: str = flag("clipped", "clipped (DDPO-IS) or reinforce (DDPO-SF)")
