@@ -175,6 +175,41 @@ def test_elsewhere_goes_on_and_means_the_runs(tiniest_model, tmp_path, monkeypat
                     "| DDIM, eta 0 | 3 | 3.0 | -3.000, -2.800 | 100%, 80% |"]  # fmt: skip
 
 
+def test_flow_steps_goes_on_and_means_the_seeds(tmp_path, monkeypatch, capsys):
+    import flow_steps
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flow_steps, "WAYS", [("grpo", 0.7, 7), ("ddim", 1.0, 10)])
+    monkeypatch.setattr(flow_steps, "REWARDS", flow_steps.REWARDS[:2])
+    runs = []
+
+    def run_one(reward, step, noise, steps, seed):
+        if len(runs) == 5 and stopped:
+            raise KeyboardInterrupt
+        runs.append((reward, step, seed))
+        gain = 0 if reward == "none" else 1 + seed
+        return [gain, steps + gain, 0.5, 0.9, 10 + gain, 20 + gain, 0.5, 0.8]
+
+    monkeypatch.setattr(flow_steps, "run_one", run_one)
+    monkeypatch.setattr(sys, "argv", ["flow_steps.py"])
+    stopped = True
+    with pytest.raises(KeyboardInterrupt):
+        flow_steps.main()
+    stopped = False
+    flow_steps.main()
+    assert len(runs) == len(set(runs)) == 2 * (1 + 3 * 2)
+    monkeypatch.setattr(sys, "argv", ["flow_steps.py", "--table"])
+    capsys.readouterr()
+    flow_steps.main()
+    assert len(runs) == 14 and capsys.readouterr().out.splitlines()[2:] == [
+        "| grpo 0.7 7 | 0.000 (90%) / 10.000 (80%) | 2.000 (90%) / 12.000 (80%) |"
+        " 7.000 (90%) / 20.000 (80%) | 9.000 (90%) / 22.000 (80%) |",
+        "| ddim 1.0 10 | 0.000 (90%) / 10.000 (80%) | 2.000 (90%) / 12.000 (80%) |"
+        " 10.000 (90%) / 20.000 (80%) | 12.000 (90%) / 22.000 (80%) |",
+        "seeds: 0 1 2",
+    ]
+
+
 @pytest.mark.parametrize("rank", [1, 4])
 def test_kohyas_names_are_the_same_lora(rank, tiny_model, tmp_path):
     """In diffusers, which reads both. At rank 1 without the alphas, elsewhere with the rank."""
