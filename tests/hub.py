@@ -78,9 +78,14 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def read_again():
-    """huggingface_hub reads its environment when it is imported; its own client keeps a part."""
+    """huggingface_hub reads its environment when it is imported; its own client keeps a part, and
+    before version 1 what downloads keeps the rest."""
     constants = importlib.reload(huggingface_hub.constants)
     huggingface_hub.hf_api.api.endpoint = constants.ENDPOINT
+    if hasattr(huggingface_hub.utils, "reset_sessions"):
+        huggingface_hub.utils.reset_sessions()
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE = template
 
 
 @contextmanager
