@@ -59,7 +59,7 @@ NAMED = 0.95  # at least, for a reward to count
 SPOILT = 0.8  # a run with fewer pictures named does not come back
 FORWARD = {"noise_levels": 2, "adv_clip": 5.0, "lr": 0.004}
 PAPER = {"samples_per_prompt": 1, "stats_buffer": 32, "min_std": 0.0, "adv_clip": 5.0,
-         "clip_range": 0.0}  # of all steps, per-prompt statistics, and 1.64 nats
+         "clip_range": 0.0, "lr": 0.002}  # of all steps, per-prompt statistics, and 1.64 nats
 METHODS = {  # beside the bundled model's own settings, which are groups of 4
     "DDPO-IS": {},
     "DDPO-SF": {"objective": "reinforce", "updates_per_epoch": 1, "lr": 0.004},
@@ -333,7 +333,8 @@ def draw(runs, shown, path):
     """Each run's means of three epochs against calls, as far as its pictures were named."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4.3), squeeze=False,
+                                layout="constrained")  # fmt: skip
     for axis, reward in zip(axes[0], shown):
         for n, (variant, by_reward) in enumerate(runs.items()):
             label = LABELS.get(variant, variant)
@@ -347,8 +348,9 @@ def draw(runs, shown, path):
         for target in TARGETS[reward]:
             axis.axhline(target, color="grey", linestyle=":")
         axis.set(title=reward, xlabel="thousand calls of the network")
-    axes[0, 0].legend()
-    figure.tight_layout()
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    if lines:
+        figure.legend(lines, labels, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
