@@ -69,13 +69,14 @@ def run_one(size, kind, weight, seed):
 
 
 def tabulate():
-    """Both rewards in the first epoch and in the last two, means of the seeds that there are."""
+    """Both rewards in the first epoch and in the last two, means of the runs that have ended."""
     print("| | weight | clipscore | kB | seeds |\n|---|---|---|---|---|")
     for size, kind in itertools.product(SIZES, WEIGHTS):
         for weight in WEIGHTS[kind]:
             ends = []
-            for path in RUNS.glob(f"{size} {kind} {weight} */metrics.csv"):
-                rows = list(csv.DictReader(path.read_text().splitlines()))[1:]
+            for path in RUNS.glob(f"{size} {kind} {weight} */samples/epoch_0008.png"):
+                metrics = path.parents[1] / "metrics.csv"
+                rows = list(csv.DictReader(metrics.read_text().splitlines()))[1:]
                 both = [[float(row[CLIP]), abs(float(row[size]))] for row in rows]
                 ends.append([np.mean(both[:1], 0), np.mean(both[-2:], 0)])
             if ends:
