@@ -1,5 +1,6 @@
 """A mix of two rewards: is it better to add them up before images are compared, or after?
 
+    pip install matplotlib
     python examples/experiments/mixes.py           # an hour on one core
     python examples/experiments/mixes.py --table   # of the runs that there are
 
@@ -68,21 +69,46 @@ def run_one(size, kind, weight, seed):
     ddpo.launch(settings, reward=mix, run_class=kind)
 
 
+def read(size, kind, weight):
+    """Clipscore and kB, (seeds, epochs, 2), of the runs that have ended."""
+    runs = []
+    for path in RUNS.glob(f"{size} {kind} {weight} */samples/epoch_0008.png"):
+        metrics = path.parents[1] / "metrics.csv"
+        rows = list(csv.DictReader(metrics.read_text().splitlines()))[1:]
+        runs.append([[float(row[CLIP]), abs(float(row[size]))] for row in rows])
+    return np.array(runs)
+
+
 def tabulate():
     """Both rewards in the first epoch and in the last two, means of the runs that have ended."""
     print("| | weight | clipscore | kB | seeds |\n|---|---|---|---|---|")
     for size, kind in itertools.product(SIZES, WEIGHTS):
         for weight in WEIGHTS[kind]:
-            ends = []
-            for path in RUNS.glob(f"{size} {kind} {weight} */samples/epoch_0008.png"):
-                metrics = path.parents[1] / "metrics.csv"
-                rows = list(csv.DictReader(metrics.read_text().splitlines()))[1:]
-                both = [[float(row[CLIP]), abs(float(row[size]))] for row in rows]
-                ends.append([np.mean(both[:1], 0), np.mean(both[-2:], 0)])
-            if ends:
-                (clip_0, kB_0), (clip, kB) = np.mean(ends, 0)
+            runs = read(size, kind, weight)
+            if len(runs):
+                clip_0, kB_0 = runs[:, 0].mean(0)
+                clip, kB = runs[:, -2:].mean((0, 1))
                 print(f"| {size}, {kind} | {weight} | {clip_0:.3f} to {clip:.3f} |"
-                      f" {kB_0:.2f} to {kB:.2f} | {len(ends)} |")  # fmt: skip
+                      f" {kB_0:.2f} to {kB:.2f} | {len(runs)} |")  # fmt: skip
+
+
+def draw(path):
+    """Both rewards against epochs, means of the runs that have ended."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    for column, size in zip(axes.T, SIZES):
+        for kind, color in zip(WEIGHTS, ("C0", "C1")):
+            for weight, style in zip(WEIGHTS[kind], (":", "--", "-")):
+                runs = read(size, kind, weight)
+                for n in range(2 if len(runs) else 0):
+                    curve = runs[..., n].mean(0)
+                    label = f"{kind} {weight}"
+                    column[n].plot(range(1, 9), curve, style, color=color, label=label)
+        column[0].set(title=f"clipscore + weight * {size}", ylabel="clipscore")
+        column[1].set(xlabel="epoch", ylabel="kB")
+    axes[0, 0].legend(ncols=2)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
@@ -92,3 +118,4 @@ if __name__ == "__main__":
             for kind in WEIGHTS:
                 run_one(size, kind, WEIGHTS[kind][n], seed)
     tabulate()
+    draw(RUNS / "mixes.png")
