@@ -837,7 +837,6 @@ class Run:
         with whole_file(self.folder / "state.pt") as tmp, open(tmp, "wb") as file:
             torch.save(self.state(), file)
 
-
     def end(self):
         """Write the whole pipeline, if all of its UNet was trained."""
         if not self.settings.lora_rank:

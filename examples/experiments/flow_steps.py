@@ -60,7 +60,8 @@ class JudgedRun(flow.FlowRun):
 def settings_of(reward, step, noise, steps, seed):
     return flow.FlowSettings(
         reward=reward, step=step, noise_level=noise, steps=steps, seed=seed, epochs=EPOCHS[steps],
-        kl_stop=0.0, eval_every=99, eval_images=1, out=str(RUNS / "run"))  # fmt: skip
+        batch_size=32, kl_stop=0.0, eval_every=99, eval_images=1, out=str(RUNS / "run"),
+    )  # fmt: skip
 
 
 def run_one(reward, *way):

@@ -49,5 +49,6 @@ class WatchedRun(ddpo.Run):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for seed in map(int, sys.argv[1:] or [0]):
-        settings = ddpo.Settings(seed=seed, kl_stop=0.0, epochs=9, eval_every=99, eval_images=1)
+        settings = ddpo.Settings(seed=seed, batch_size=32, kl_stop=0.0, epochs=9, eval_every=99,
+                                 eval_images=1)  # fmt: skip
         ddpo.launch(settings, run_class=WatchedRun)
